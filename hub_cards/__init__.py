@@ -1,0 +1,1 @@
+"""Model-card templates and the code that fills and validates them."""

@@ -1,0 +1,1 @@
+"""Models whose experts are more than feed-forward layers."""

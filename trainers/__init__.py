@@ -1,0 +1,1 @@
+"""How the models learn, act and are judged."""
