@@ -1,0 +1,571 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A look inside a mixture of experts: which experts each token of a text visits, as one HTML page, a picture and a table.
+
+Shapes: tokens, of one text; top_k, the experts that one token uses in a layer; experts, of one layer.
+"""
+
+import colorsys
+import csv
+import html
+import itertools
+import json
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from string import Template
+
+import plotly.io as pio
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from plotly.offline import get_plotlyjs
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..modeling.routing_statistics import (
+    Routing,
+    RoutingRecorder,
+    expert_counts,
+    expert_load,
+    infer_scores,
+    token_entropies,
+)
+
+
+@dataclass
+class LayerRoutes:
+    """
+    The routes of a text's tokens through one layer.
+
+    Args:
+        layer (`int`): The number of the layer in the model.
+        indices (`torch.LongTensor` of shape `(tokens, top_k)`): The experts of each token.
+        weights (`torch.FloatTensor` of shape `(tokens, top_k)`): The weights of their outputs.
+        logits (`torch.FloatTensor` of shape `(tokens, experts)`): The router's logits.
+        steps (`torch.LongTensor` of shape `(tokens, top_k)`, *optional*): The recurrences that each expert ran.
+    """
+
+    layer: int
+    indices: Tensor
+    weights: Tensor
+    logits: Tensor
+    steps: Tensor | None = None
+
+    @property
+    def load(self) -> Tensor:
+        """The fraction of the assignments that each expert received, of shape `(experts,)`."""
+        return expert_load(expert_counts(self.indices, self.logits.shape[-1]))
+
+    def slots(self, position: int) -> list[tuple[int, float, int | None]]:
+        """Expert, weight and steps, for each expert of the token at `position`."""
+        experts, weights = self.indices[position].tolist(), self.weights[position].tolist()
+        steps = [None] * len(experts) if self.steps is None else self.steps[position].tolist()
+        return list(zip(experts, weights, steps, strict=True))
+
+
+@dataclass
+class Routes:
+    """
+    The routes of a text's tokens through a model.
+
+    Args:
+        model_name (`str`): What the page calls the model.
+        tokens (`list[str]`): The text of each token.
+        layers (`list[LayerRoutes]`): The layers that have routers, in order.
+        scores (`str`): How entropies turn logits into probabilities, as in
+            [`~modeling.routing_statistics.router_probabilities`].
+        num_text_tokens (`int`): The tokens of the whole text, of which `tokens` may be the beginning.
+    """
+
+    model_name: str
+    tokens: list[str]
+    layers: list[LayerRoutes]
+    scores: str
+    num_text_tokens: int
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts of the layer that has most."""
+        return max(layer.logits.shape[-1] for layer in self.layers)
+
+    def select_layers(self, layers: range | None) -> "Routes":
+        """The routes through the layers whose numbers are in `layers`; through all of them with `None`."""
+        if layers is None:
+            return self
+        numbers = [layer.layer for layer in self.layers]
+        selected = [layer for layer in self.layers if layer.layer in layers]
+        if not selected or min(layers) < 0 or max(layers) > numbers[-1]:
+            raise ValueError(
+                f"The layers {layers.start} to {layers.stop - 1} are not all in the model, whose layers with experts "
+                f"are {numbers[0]} to {numbers[-1]}."
+            )
+        return replace(self, layers=selected)
+
+
+def record_routes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    num_recurrences: int | None = None,
+    scores: str | None = None,
+) -> Routes:
+    """
+    Run a model over a text once, and record what its routers decide.
+
+    Args:
+        model (`PreTrainedModel`): Any transformers MoE model that declares `router_logits` in `_can_record_outputs`.
+        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
+        text (`str`): The text, of which the model reads what fits into its `max_position_embeddings`.
+        num_recurrences (`int`, *optional*): Passed to the model's forward, for models with recurrent experts.
+        scores (`str`, *optional*): `"softmax"`, `"sigmoid"` or `"probabilities"`; told from the routers by default.
+
+    Example:
+
+    ```python
+    routes = record_routes(model, tokenizer, "The cat sat on the mat.")
+    write_report(routes, "routes.html", layers=range(0, 4))
+    ```
+    """
+    token_ids = tokenizer(text, verbose=False)["input_ids"]
+    if not text.strip() or not token_ids:
+        raise ValueError("The text is empty: there are no tokens to follow.")
+    recurrences = {}
+    if num_recurrences is not None:
+        if "num_recurrences" not in model.config.to_dict():
+            raise ValueError(f"{type(model).__name__} has no recurrent experts, so num_recurrences has no meaning.")
+        recurrences["num_recurrences"] = num_recurrences
+    # Some models have no such limit.
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    layers: list[LayerRoutes] = []
+
+    def on_routing(layer: int, routing: Routing) -> None:
+        nonlocal scores
+        scores = scores or infer_scores(routing)
+        parts = (routing.indices.long(), routing.weights.float(), routing.logits.float())
+        layers.append(LayerRoutes(layer, *(part.cpu() for part in parts)))
+
+    def on_steps(layer: int, steps: Tensor, mask: Tensor | None) -> None:
+        # The experts of a layer come right after their router.
+        layers[-1].steps = steps.cpu()
+
+    was_training = model.training
+    model.eval()
+    try:
+        with RoutingRecorder(model, on_routing, on_steps), torch.no_grad():
+            # The body without its head: logits over the vocabulary are large and of no use here.
+            input_ids = torch.tensor([token_ids[:limit]], device=model.device)
+            model.base_model(input_ids=input_ids, use_cache=False, **recurrences)
+    finally:
+        model.train(was_training)
+    if len({layer.layer for layer in layers}) < len(layers):
+        # A model that runs its layers several times: count the passes.
+        layers = [replace(layer, layer=number) for number, layer in enumerate(layers)]
+    tokens = [tokenizer.decode([token_id]) for token_id in token_ids[:limit]]
+    return Routes(model.config.name_or_path or type(model).__name__, tokens, layers, scores, len(token_ids))
+
+
+def write_routes_csv(routes: Routes, path: str | Path) -> None:
+    """Write one row per token, layer and slot: where the token went, with what weight and for how many steps."""
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["token_index", "token", "layer", "slot", "expert", "weight", "steps"])
+        for position, token in enumerate(routes.tokens):
+            for layer in routes.layers:
+                for slot, (expert, weight, steps) in enumerate(layer.slots(position)):
+                    writer.writerow([position, token, layer.layer, slot, expert, f"{weight:.6g}", steps])
+
+
+def write_load_heatmap(routes: Routes, path: str | Path, layers: range | None = None) -> None:
+    """Draw the load of every expert in every layer as a PNG."""
+    routes = routes.select_layers(layers)
+    load = _load_matrix(routes)
+    rows, columns = len(load), routes.num_experts
+    figure = Figure(figsize=(2 + min(0.55 * columns, 16), 1.6 + min(0.45 * rows, 16)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(load, cmap="Blues", vmin=0, aspect="auto")
+    axes.set_title(f"Expert load, {len(routes.tokens)} tokens", fontsize=11, loc="left")
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    axes.set_yticks(range(rows), [layer.layer for layer in routes.layers])
+    if columns <= 32:
+        axes.set_xticks(range(columns))
+    if columns <= 16:
+        for row, column in itertools.product(range(rows), range(columns)):
+            colour = "white" if load[row][column] > 0.6 * image.norm.vmax else "black"
+            axes.text(column, row, f"{load[row][column]:.0%}", ha="center", va="center", fontsize=7, color=colour)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, format=PercentFormatter(1), label="share of the assignments")
+    figure.savefig(path)
+
+
+def _load_matrix(routes: Routes) -> list[list[float]]:
+    """(layers, experts), with nan where a layer has fewer experts than another."""
+    return [
+        layer.load.tolist() + [math.nan] * (routes.num_experts - layer.logits.shape[-1]) for layer in routes.layers
+    ]
+
+
+def route_links(routes: Routes) -> dict[tuple, Counter]:
+    """
+    The links of the Sankey diagram, and what each token contributes to their widths.
+
+    A node is `("token", position)` or `(layer, expert)`. A link's width is the routing weight of the layer that it
+    enters: a token's links into an expert add up to the token's weight there, split over the experts from which it
+    comes in proportion to their weights.
+
+    Args:
+        routes (`Routes`): The routes.
+
+    Returns:
+        `dict[tuple, Counter]`: For each pair of nodes, the width by token position.
+    """
+    links = defaultdict(Counter)
+    for position in range(len(routes.tokens)):
+        sources = [(("token", position), 1.0)]
+        for layer in routes.layers:
+            slots = layer.slots(position)
+            targets = [((layer.layer, expert), weight) for expert, weight, _ in slots if weight > 0]
+            total = sum(weight for _, weight in sources)
+            for source, share in sources:
+                for target, weight in targets:
+                    links[source, target][position] += weight * share / total
+            # A token that gets no weight in a layer is dropped there: it goes on from where it was.
+            sources = targets or sources
+    return dict(links)
+
+
+# The colours of up to ten experts; more are computed.
+PALETTE = "4e79a7 f28e2b 59a14f e15759 76b7b2 b07aa1 edc948 9c755f ff9da7 86bcb6"
+LAYOUT = {
+    "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#333"},
+    "paper_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(0,0,0,0)",
+    "hoverlabel": {"align": "left", "bgcolor": "white", "bordercolor": "#bbb", "font": {"color": "#222"}},
+}
+HOVER = "%{customdata}<extra></extra>"
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Routes through $model</title>
+<style>
+body { margin: 0; background: #f6f6f4; color: #333; font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1240px; margin: 0 auto; padding: 28px 20px 60px; }
+h1 { font-size: 26px; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 18px; font-weight: 600; margin: 0; }
+p { margin: 4px 0 10px; color: #666; }
+section { background: #fff; border: 1px solid #e4e4e0; border-radius: 8px; padding: 18px 20px; margin-top: 20px; }
+blockquote { margin: 14px 0 0; padding-left: 12px; border-left: 3px solid #d5d5d0; max-height: 6em; overflow: auto;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
+select { font: inherit; max-width: 22em; }
+</style>
+<script>$plotly</script>
+</head>
+<body>
+<main>
+<h1>Routes through $model</h1>
+<p>$facts</p>
+<blockquote>$text</blockquote>
+$sections
+</main>
+</body>
+</html>
+""")
+FOLLOW = Template("""<label>Follow <select id="follow"><option value="-1">all tokens</option>$options</select></label>
+<script>
+document.getElementById("follow").addEventListener("change", event => {
+  const token = Number(event.target.value), calm = $calm, strong = $strong;
+  const colours = $tokens.map((tokens, link) =>
+    token < 0 ? calm[link] : tokens.includes(token) ? strong[link] : "rgba(0,0,0,0.04)");
+  Plotly.restyle("routes", {"link.color": [colours]}, [0]);
+});
+</script>""")
+
+
+def write_report(routes: Routes, path: str | Path, layers: range | None = None, max_tokens: int = 64) -> None:
+    """
+    Write the routes as one HTML page that needs no network: the tokens' routes as a Sankey diagram, the load of the
+    experts, the entropy of the routers and, for recurrent experts, the steps of every token.
+
+    Args:
+        routes (`Routes`): What [`record_routes`] returned.
+        path (`str` or `Path`): The file to write, whatever it holds.
+        layers (`range`, *optional*): The layers to show.
+        max_tokens (`int`, defaults to 64): How many tokens the pictures that show single tokens show. Loads and
+            entropies are of all.
+    """
+    routes = routes.select_layers(layers)
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}: the diagram needs at least one token.")
+    shown = replace(routes, tokens=routes.tokens[:max_tokens])
+    count, numbers = len(routes.tokens), [layer.layer for layer in routes.layers]
+    span = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"number {numbers[0]}"
+    which = f"the first {max_tokens} of {count} tokens" if count > max_tokens else f"the {_count(count, 'token')}"
+    facts = [
+        _count(count, "token")
+        + (f" (the beginning of a text of {routes.num_text_tokens})" if count < routes.num_text_tokens else ""),
+        f"{_count(len(numbers), 'layer')} with experts ({span})",
+        f"{_count(routes.num_experts, 'expert')} each, {routes.layers[0].indices.shape[1]} per token",
+    ]
+    sections = [
+        _routes_section(shown, which),
+        _section(
+            "Expert load",
+            "The share of a layer's assignments that each expert received; a perfectly balanced layer has "
+            f"{1 / routes.num_experts:.1%} everywhere.",
+            _load_figure(routes),
+        ),
+        _section(
+            "Router entropy",
+            "How undecided the router of a layer is, averaged over the tokens: 0 is always sure of one expert, the "
+            "dotted line is no preference at all.",
+            _entropy_figure(routes),
+        ),
+    ]
+    if any(layer.steps is not None for layer in routes.layers):
+        sentence = f"The recurrences that the experts of a token ran, averaged over its experts, for {which}."
+        sections.append(_section("Recurrence steps", sentence, _steps_figure(shown)))
+    page = PAGE.substitute(
+        model=html.escape(routes.model_name),
+        plotly=get_plotlyjs(),
+        facts=html.escape(" · ".join(facts)),
+        text=html.escape("".join(routes.tokens)),
+        sections="\n".join(sections),
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _section(title: str, sentence: str, figure: dict, extra: str = "") -> str:
+    # The narrowest width at which the figure can be read is ours, not plotly's: below it, the section scrolls.
+    width = figure["layout"].pop("minwidth", 0)
+    plot = pio.to_html(
+        figure,
+        full_html=False,
+        include_plotlyjs=False,
+        # A plotly that does not know an attribute then leaves it out.
+        validate=False,
+        div_id=title.lower().replace(" ", "-"),
+        default_height=f"{figure['layout']['height']}px",
+        config={"displayModeBar": False, "responsive": True},
+    )
+    return (
+        f"<section><h2>{title}</h2><p>{html.escape(sentence)}</p>{extra}"
+        f'<div class="wide"><div style="min-width: {width}px">{plot}</div></div></section>'
+    )
+
+
+def _routes_section(routes: Routes, which: str) -> str:
+    links = route_links(routes)
+    colours = _expert_colours(routes.num_experts)
+    figure = _sankey_figure(routes, links, colours)
+    labels = [_token_label(routes, position) for position in range(len(routes.tokens))]
+    follow = FOLLOW.substitute(
+        options="".join(f'<option value="{position}">{label}</option>' for position, label in enumerate(labels)),
+        tokens=json.dumps([list(widths) for widths in links.values()]),
+        calm=json.dumps(figure["data"][0]["link"]["color"]),
+        strong=json.dumps([_rgba(colours[target[1]], 0.85) for _, target in links]),
+    )
+    sentence = (
+        f"Where {which} go, from the text on the left through the numbered experts of each layer; a band is as wide "
+        "as the routing weights that enter its expert, and has the colour of that expert."
+    )
+    return _section("Routes", sentence, figure, follow)
+
+
+def _sankey_figure(routes: Routes, links: dict[tuple, Counter], colours: list[str]) -> dict:
+    tokens = [("token", position) for position in range(len(routes.tokens))]
+    # An expert's tokens, with the weights that they bring.
+    experts = defaultdict(Counter)
+    for (_, target), widths in links.items():
+        experts[target].update(widths)
+    number = {node: index for index, node in enumerate([*tokens, *sorted(experts)])}
+    names = {node: _token_label(routes, node[1]) for node in tokens}
+    names |= {node: f"layer {node[0]}, expert {node[1]}" for node in experts}
+    nodes = {
+        "sort": "input",
+        "pad": 6,
+        "thickness": 14,
+        "line": {"width": 0},
+        "label": [names[node] if node[0] == "token" else str(node[1]) for node in number],
+        "color": ["#c9c9c4"] * len(tokens) + [f"#{colours[expert]}" for _, expert in sorted(experts)],
+        "customdata": [_token_hover(routes, position) for _, position in tokens]
+        + [names[node] + _widths_hover(routes, experts[node]) for node in sorted(experts)],
+        "hovertemplate": HOVER,
+    }
+    bands = {
+        "source": [number[source] for source, _ in links],
+        "target": [number[target] for _, target in links],
+        "value": [widths.total() for widths in links.values()],
+        "color": [_rgba(colours[target[1]], 0.35) for _, target in links],
+        "customdata": [
+            f"{names[source]} → {names[target]}{_widths_hover(routes, widths)}"
+            for (source, target), widths in links.items()
+        ],
+        "hovertemplate": HOVER,
+    }
+    columns = ["tokens", *(f"layer {layer.layer}" for layer in routes.layers)]
+    height = max(320, 18 * max(len(tokens), routes.num_experts))
+    nodes |= _node_places(routes, tokens, experts, height, nodes["pad"])
+    layout = LAYOUT | {
+        "height": height + 46,
+        "minwidth": 120 * len(columns),
+        "margin": {"l": 10, "r": 10, "t": 36, "b": 10},
+        "annotations": [_heading(text, column / (len(columns) - 1)) for column, text in enumerate(columns)],
+    }
+    sankey = {"type": "sankey", "arrangement": "snap", "textfont": {"size": 11}, "node": nodes, "link": bands}
+    return {"data": [sankey], "layout": layout}
+
+
+def _node_places(routes: Routes, tokens: list, experts: dict, height: float, pad: float) -> dict[str, list[float]]:
+    """Columns as high as the diagram, in the order of the text and of the experts; plotly's own drift."""
+    columns = [routes.layers[0].weights[: len(tokens)].sum(dim=-1).tolist()]
+    for layer in routes.layers:
+        columns.append([experts[node].total() for node in sorted(experts) if node[0] == layer.layer])
+    scale = min((height - pad * (len(column) - 1)) / sum(column) for column in columns if column)
+    x, y = [], []
+    for index, column in enumerate(columns):
+        gap = (height - scale * sum(column)) / max(len(column) - 1, 1)
+        top = 0.0 if len(column) > 1 else gap / 2
+        for width in column:
+            # Plotly takes an exact 0 for no place at all.
+            x.append(min(max(index / (len(columns) - 1), 0.001), 0.999))
+            y.append(max((top + scale * width / 2) / height, 0.001))
+            top += scale * width + gap
+    return {"x": x, "y": y}
+
+
+def _heading(text: str, x: float) -> dict:
+    anchor = {0: "left", 1: "right"}.get(x, "center")
+    place = {"x": x, "xref": "paper", "xanchor": anchor, "y": 1, "yref": "paper", "yanchor": "bottom", "yshift": 8}
+    return place | {"text": text, "showarrow": False, "font": {"size": 12, "color": "#777"}}
+
+
+def _load_figure(routes: Routes) -> dict:
+    hover = []
+    for layer in routes.layers:
+        total, counts = layer.indices.numel(), expert_counts(layer.indices, layer.logits.shape[-1]).tolist()
+        hover.append(
+            [
+                f"layer {layer.layer}, expert {expert}<br>{count} of {total} assignments, {count / total:.1%}"
+                for expert, count in enumerate(counts)
+            ]
+        )
+    figure = _heatmap(_load_matrix(routes), hover, routes, [str(expert) for expert in range(routes.num_experts)])
+    figure["data"][0]["colorbar"]["tickformat"] = ".0%"
+    figure["layout"]["xaxis"] |= {"title": {"text": "expert"}}
+    if routes.num_experts <= 16:
+        figure["data"][0] |= {"texttemplate": "%{z:.0%}", "textfont": {"size": 11}}
+    return figure
+
+
+def _steps_figure(routes: Routes) -> dict:
+    labels = [_token_label(routes, position) for position in range(len(routes.tokens))]
+    means, hover = [], []
+    for layer in routes.layers:
+        steps = torch.full(layer.indices.shape, math.nan) if layer.steps is None else layer.steps.float()
+        means.append(steps[: len(labels)].mean(dim=-1).tolist())
+        slots = [layer.slots(position) for position in range(len(labels))]
+        lines = ["".join(f"<br>expert {expert}: {steps} steps" for expert, _, steps in token) for token in slots]
+        hover.append([f"{label}, layer {layer.layer}{line}" for label, line in zip(labels, lines, strict=True)])
+    figure = _heatmap(means, hover, routes, labels)
+    figure["layout"]["xaxis"]["tickangle"] = -60
+    figure["layout"]["height"] += 90
+    return figure
+
+
+def _heatmap(values: list[list[float]], hover: list[list[str]], routes: Routes, columns: list[str]) -> dict:
+    trace = {
+        "type": "heatmap",
+        "z": [[None if math.isnan(value) else value for value in row] for row in values],
+        "zmin": 0,
+        "zmax": max(value for row in values for value in row if not math.isnan(value)),
+        "y": [f"layer {layer.layer}" for layer in routes.layers],
+        "customdata": hover,
+        "hovertemplate": HOVER,
+        "colorscale": [[0, "#f7f9fb"], [0.5, "#8fb3d4"], [1, "#2f5d8a"]],
+        "colorbar": {"thickness": 12, "outlinewidth": 0},
+        "xgap": 2,
+        "ygap": 2,
+    }
+    every = 1 + len(columns) // 64
+    ticks = {"tickvals": list(range(len(columns)))[::every], "ticktext": columns[::every]}
+    layout = LAYOUT | {
+        "height": 90 + max(60, 34 * len(routes.layers)),
+        "minwidth": 14 * len(columns),
+        "margin": {"l": 70, "r": 10, "t": 10, "b": 50},
+        "xaxis": {"showgrid": False, "zeroline": False, "automargin": True} | ticks,
+        "yaxis": {"showgrid": False, "zeroline": False, "autorange": "reversed"},
+    }
+    return {"data": [trace], "layout": layout}
+
+
+def _entropy_figure(routes: Routes) -> dict:
+    bars = {
+        "type": "bar",
+        "x": [f"layer {layer.layer}" for layer in routes.layers],
+        "y": [token_entropies(layer.logits, routes.scores).mean().item() for layer in routes.layers],
+        "marker": {"color": "#8fb3d4"},
+        "width": 0.5,
+        "hovertemplate": "%{x}: %{y:.3f} nats<extra></extra>",
+    }
+    limits = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": bars["x"],
+        "y": [math.log(layer.logits.shape[-1]) for layer in routes.layers],
+        "line": {"dash": "dot", "color": "#999"},
+        "hovertemplate": "no preference: %{y:.3f} nats<extra></extra>",
+    }
+    layout = LAYOUT | {
+        "height": 260,
+        "margin": {"l": 70, "r": 10, "t": 10, "b": 40},
+        "showlegend": False,
+        "xaxis": {"showgrid": False},
+        "yaxis": {"title": {"text": "nats"}, "rangemode": "tozero", "gridcolor": "#eee"},
+    }
+    return {"data": [bars, limits], "layout": layout}
+
+
+def _token_label(routes: Routes, position: int) -> str:
+    """A token's position and text, cut short and escaped: plotly reads its labels as HTML, too."""
+    text = routes.tokens[position].replace("\n", "⏎")
+    text = text.strip() or text.replace(" ", "␣")
+    text = text if len(text) <= 16 else f"{text[:15]}…"
+    return f"{position} {html.escape(text)}"
+
+
+def _token_hover(routes: Routes, position: int) -> str:
+    lines = [f"<b>{_token_label(routes, position)}</b>"]
+    for layer in routes.layers:
+        slots = ", ".join(f"expert {expert} ({weight:.2f})" for expert, weight, _ in layer.slots(position))
+        lines.append(f"layer {layer.layer}: {slots}")
+    return "<br>".join(lines)
+
+
+def _widths_hover(routes: Routes, widths: Counter, limit: int = 12) -> str:
+    lines = [f"<br>weight {widths.total():.2f} from {_count(len(widths), 'token')}"]
+    lines += [f"{_token_label(routes, position)}: {width:.2f}" for position, width in widths.most_common(limit)]
+    if len(widths) > limit:
+        lines.append(f"and {len(widths) - limit} more")
+    return "<br>".join(lines)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def _expert_colours(count: int) -> list[str]:
+    """A colour for each expert, the same in every layer."""
+    if count <= len(PALETTE.split()):
+        return PALETTE.split()[:count]
+    # Steps of the golden angle keep neighbours apart, however many there are.
+    colours = (colorsys.hls_to_rgb(0.381966 * i % 1, 0.52 if i % 2 else 0.64, 0.45) for i in range(count))
+    return ["".join(f"{round(255 * channel):02x}" for channel in rgb) for rgb in colours]
+
+
+def _rgba(colour: str, alpha: float) -> str:
+    red, green, blue = bytes.fromhex(colour)
+    return f"rgba({red},{green},{blue},{alpha})"
