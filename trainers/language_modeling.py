@@ -1,0 +1,219 @@
+"""From arguments to what a language-modelling run needs: tokenizer, data sets, model, and checks before it starts."""
+
+import json
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import datasets
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..modeling import MoreConfig, MoreForCausalLM
+from .language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
+from .language_modeling_trainer import LanguageModelingTrainer
+from .text_data import (
+    GENERATED,
+    AnswerDataset,
+    PackedTokens,
+    generated_documents,
+    load_tokenizer,
+    load_train_and_validation,
+    pad_blocks,
+    tokenize_documents,
+    train_tokenizer,
+)
+
+# A checkpoint and a resumed run must agree on these.
+_SHAPE_FIELDS = (
+    "expert_type", "hidden_size", "intermediate_size", "recurrent_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "num_experts", "vocab_size", "tie_word_embeddings", "state_initialization",
+)  # fmt: skip
+
+
+def check_output_dir(config: LanguageModelingConfig) -> str | None:
+    """Finds the checkpoint to resume, and refuses to overwrite a run.
+
+    Returns:
+        The path of the checkpoint, or `None` for a new run.
+
+    Raises:
+        FileExistsError: If `output_dir` has a run that the arguments neither resume nor overwrite.
+        FileNotFoundError: If there is no checkpoint to resume.
+    """
+    folder = Path(config.output_dir)
+    if config.resume_from_checkpoint:
+        wanted = config.resume_from_checkpoint
+        latest = wanted in ("last", "true", "True")
+        checkpoint = get_last_checkpoint(str(folder)) if latest and folder.is_dir() else None if latest else wanted
+        if checkpoint is None or not Path(checkpoint, "trainer_state.json").is_file():
+            where = folder if latest else wanted
+            raise FileNotFoundError(f"No checkpoint to resume in {where}; leave out --resume_from_checkpoint.")
+        return checkpoint
+    has_run = folder.is_dir() and ((folder / "config.json").exists() or get_last_checkpoint(str(folder)) is not None)
+    if has_run and not config.overwrite_output_dir:
+        raise FileExistsError(
+            f"{folder} already holds a run; choose another --output_dir, continue it with "
+            "--resume_from_checkpoint last, or replace it with --overwrite_output_dir."
+        )
+    return None
+
+
+def load_data(
+    arguments: DataArguments, model_name_or_path: str | None = None, seed: int = 0
+) -> tuple[PreTrainedTokenizerBase, torch.utils.data.Dataset, torch.utils.data.Dataset]:
+    """Loads the documents, the tokenizer or trains one, and cuts the tokens into sequences.
+
+    Args:
+        arguments ([`DataArguments`]): The data set and how to read it.
+        model_name_or_path (`str`, *optional*): Checkpoint whose tokenizer is taken if no other is named.
+        seed (`int`, *optional*, defaults to 0): Seed of the generated data.
+
+    Returns:
+        Tokenizer, training data and validation data.
+    """
+    generated = arguments.dataset_name == GENERATED
+    if generated:
+        train, validation = (
+            generate_examples(arguments, "train", seed),
+            generate_examples(arguments, "validation", seed),
+        )
+    else:
+        train, validation = load_train_and_validation(
+            arguments.dataset_name, arguments.dataset_config, arguments.text_column, arguments.validation_fraction
+        )
+    tokenizer = _tokenizer(arguments, model_name_or_path, train)
+    if generated:
+        pairs = ([(row["prompt"], row["answer"]) for row in rows] for rows in (train, validation))
+        return tokenizer, *(AnswerDataset(part, tokenizer, arguments.sequence_length) for part in pairs)
+    tokens = (tokenize_documents(rows, tokenizer, arguments.preprocessing_num_workers) for rows in (train, validation))
+    return tokenizer, *(PackedTokens(part, arguments.sequence_length) for part in tokens)
+
+
+def generate_examples(arguments: DataArguments, split: str, seed: int = 0) -> datasets.Dataset:
+    """The built-in stories and sums of `split`, `"train"` or `"validation"`, as rows of task, prompt and answer."""
+    return generated_documents(
+        split,
+        seed,
+        arguments.num_examples if split == "train" else max(300, arguments.num_examples // 20),
+        arguments.tasks,
+        max_facts=arguments.max_facts,
+        max_digits=arguments.max_digits,
+        reverse_answer=True,
+    )
+
+
+def _tokenizer(arguments: DataArguments, model_name_or_path: str | None, train) -> PreTrainedTokenizerBase:
+    named = arguments.tokenizer_name_or_path or model_name_or_path
+    if arguments.train_tokenizer and named:
+        raise ValueError(f"--train_tokenizer would replace the tokenizer of {named}; leave out one of them.")
+    if named:
+        return load_tokenizer(named)
+    if not arguments.train_tokenizer:
+        raise ValueError("No tokenizer: name one with --tokenizer_name_or_path, or train one with --train_tokenizer.")
+    texts = train if "text" in train.column_names else (row["prompt"] + row["answer"] for row in train)
+    return train_tokenizer(texts, arguments.vocab_size or 8192)
+
+
+def load_model(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+) -> MoreForCausalLM:
+    """A new model of a preset, or a checkpoint with the overrides that do not change its shape.
+
+    Args:
+        arguments ([`ModelArguments`]): Preset or checkpoint, and overrides.
+        tokenizer (`PreTrainedTokenizerBase`): Its size and special tokens go into the model's configuration.
+        vocab_size (`int`, *optional*): Embeddings of a new model; the tokenizer's size if unset.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the model, or the checkpoint is of another architecture.
+    """
+    overrides = _overrides(arguments)
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if arguments.model_name_or_path:
+        config = AutoConfig.from_pretrained(arguments.model_name_or_path)
+        _check_architecture(config, overrides, arguments)
+        for name, value in {**overrides, **special}.items():
+            setattr(config, name, value)
+        _check_vocabulary(config, tokenizer)
+        return MoreForCausalLM.from_pretrained(arguments.model_name_or_path, config=config, dtype=torch.float32)
+    overrides["vocab_size"] = len(tokenizer) if vocab_size is None else vocab_size
+    config = MoreConfig.from_preset(arguments.preset, arguments.expert_type, arguments.match, **overrides, **special)
+    _check_vocabulary(config, tokenizer)
+    return MoreForCausalLM(config)
+
+
+def _overrides(arguments: ModelArguments) -> dict:
+    chosen = {"model_name_or_path", "preset", "match", "expert_type"}
+    values = {field.name: getattr(arguments, field.name) for field in fields(arguments) if field.name not in chosen}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_vocabulary(config: MoreConfig, tokenizer: PreTrainedTokenizerBase):
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens but the model's vocabulary only {config.vocab_size}; "
+            "raise --vocab_size or choose the tokenizer that belongs to the model."
+        )
+
+
+def _check_architecture(config, overrides: dict, arguments: ModelArguments):
+    path = arguments.model_name_or_path
+    if config.model_type != "more":
+        raise ValueError(f"{path} is a {config.model_type!r} checkpoint; this recipe trains 'more' models.")
+    wanted = dict(overrides)
+    if arguments.expert_type != ModelArguments.expert_type:
+        wanted["expert_type"] = arguments.expert_type
+    for name in _SHAPE_FIELDS:
+        if name in wanted and wanted[name] != getattr(config, name):
+            raise ValueError(f"{path} has {name}={getattr(config, name)}, which {wanted[name]} cannot replace.")
+
+
+def check_resumed_model(checkpoint: str, config: MoreConfig):
+    """Raises `ValueError` if `checkpoint` was written by a model of another shape than `config`."""
+    with open(Path(checkpoint, "config.json"), encoding="utf-8") as file:
+        saved = json.load(file)
+    if saved.get("model_type") != "more":
+        raise ValueError(f"{checkpoint} is a {saved.get('model_type')!r} checkpoint; this run trains a 'more' model.")
+    differing = [name for name in _SHAPE_FIELDS if saved.get(name) != getattr(config, name)]
+    if differing:
+        pairs = ", ".join(f"{name}={saved.get(name)} there, {getattr(config, name)} here" for name in differing)
+        raise ValueError(f"{checkpoint} cannot be resumed by this model: {pairs}.")
+
+
+def train_language_model(
+    model_arguments: ModelArguments, data_arguments: DataArguments, config: LanguageModelingConfig
+) -> dict[str, float]:
+    """Trains a MoRE model and leaves the best checkpoint, its tokenizer, metrics and logs in `config.output_dir`.
+
+    Returns:
+        The metrics of the last evaluation: `eval_loss`, `eval_perplexity` and the evaluation's speed.
+    """
+    checkpoint = check_output_dir(config)
+    tokenizer, train, validation = load_data(data_arguments, model_arguments.model_name_or_path, config.data_seed or 0)
+    torch.manual_seed(config.seed)
+    model = load_model(model_arguments, tokenizer, data_arguments.vocab_size)
+    if checkpoint:
+        check_resumed_model(checkpoint, model.config)
+    trainer = LanguageModelingTrainer(
+        model=model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=partial(pad_blocks, pad_token_id=tokenizer.pad_token_id),
+    )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", result.metrics)
+    metrics = trainer.evaluate()
+    metrics["parameters"] = model.num_parameters()
+    metrics["steps"] = trainer.state.global_step
+    trainer.save_metrics("eval", metrics)
+    return metrics

@@ -1,0 +1,131 @@
+"""Training of causal language models with routed experts, on `transformers.Trainer`."""
+
+import math
+import time
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from .routing_callback import RoutingCallback
+
+
+class RouterBiasCallback(TrainerCallback):
+    """Lets a MoRE model with `router_balancing="bias"` move its biases after each optimizer step."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Moves the biases; models with other balancing are left alone."""
+        model.update_router_bias()
+
+
+class LanguageModelingTrainer(Trainer):
+    """
+    A `Trainer` for MoRE models that keeps the losses apart, stops at a loss that is not finite, and reports routing.
+
+    Beside what `Trainer` logs (`loss`, `grad_norm`, `learning_rate`, `eval_loss`) it logs `lm_loss` (nats per token),
+    `aux_loss` (balancing, unweighted), `perplexity` and `eval_perplexity` (of the language-modelling loss alone) and
+    `tokens_per_second` (real tokens of all processes, evaluation and saving left out).
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._window = _Window()
+        self.add_callback(RouterBiasCallback())
+        self.add_callback(RoutingCallback(self))
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Matrices: all but norms, and what is one vector per expert."""
+        vectors = ("_norm", "_gate", "initial_state")
+        names = super().get_decay_parameter_names(model)
+        dims = {name: parameter.dim() for name, parameter in model.named_parameters(remove_duplicate=False)}
+        return [name for name in names if dims[name] > 1 and not name.endswith(vectors)]
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """One forward and backward pass; raises `FloatingPointError` if its loss is not finite."""
+        self._window.start(self.state.global_step)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(self._not_finite(f"the loss of step {self.state.global_step + 1} is {loss}"))
+        mask = inputs.get("attention_mask")
+        self._window.tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of `Trainer`; the language-modelling and the balancing loss are kept for the log."""
+        if not model.training:
+            # Without this, evaluation would hold the logits of a whole batch to throw them away.
+            inputs = {**inputs, "return_logits": False}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            self._window.add("lm_loss", outputs.lm_loss)
+            self._window.add("aux_loss", outputs.aux_loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds losses, perplexity and speed of the window that `logs` is about."""
+        if "loss" in logs:
+            steps = self.state.global_step - self._window.first_step
+            sums = {name: self.accelerator.reduce(total, "sum") for name, total in self._window.sums.items()}
+            logs |= {name: total.item() / steps for name, total in sums.items()}
+            logs["perplexity"] = _perplexity(logs["lm_loss"])
+            tokens = torch.as_tensor(self._window.tokens, device=self.args.device)
+            logs["tokens_per_second"] = self.accelerator.reduce(tokens, "sum").item() / self._window.seconds()
+            self._window = _Window()
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = _perplexity(logs["eval_loss"])
+        super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As `Trainer.evaluate`, with `eval_perplexity`."""
+        self._window.pause()
+        metrics = super().evaluate(*args, **kwargs)
+        if "eval_loss" in metrics:
+            metrics["eval_perplexity"] = _perplexity(metrics["eval_loss"])
+        return metrics
+
+    def _save_checkpoint(self, model, trial):
+        self._window.pause()
+        # A step that overflowed shows in its weights before it shows in a loss: never let it become a checkpoint.
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                where = f"{name} has values that are not finite after step {self.state.global_step}"
+                raise FloatingPointError(self._not_finite(where))
+        super()._save_checkpoint(model, trial)
+
+    def _not_finite(self, what: str) -> str:
+        checkpoint = get_last_checkpoint(self.args.output_dir)
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
+        return f"Training stopped: {what}; {kept}. A lower learning rate or a longer warm-up usually helps."
+
+
+class _Window:
+    """What has been summed since the last log."""
+
+    def __init__(self):
+        self.first_step: int | None = None
+        self.sums: dict[str, torch.Tensor] = {}
+        self.tokens: int | torch.Tensor = 0
+        self._elapsed = 0.0
+        self._started: float | None = None
+
+    def start(self, step: int):
+        if self.first_step is None:
+            self.first_step = step
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def pause(self):
+        self._elapsed = self.seconds()
+        self._started = None
+
+    def seconds(self) -> float:
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self._elapsed + running
+
+    def add(self, name: str, value: torch.Tensor | None):
+        if value is not None:
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

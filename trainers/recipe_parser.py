@@ -1,0 +1,51 @@
+"""Arguments of a recipe: a YAML file, and options that override it."""
+
+import sys
+from collections.abc import Sequence
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse_recipe(
+    dataclass_types: Sequence[type], arguments: Sequence[str] | None = None, description: str | None = None
+) -> tuple:
+    """Fills the dataclasses from `--config FILE` and the options after it, which win.
+
+    Args:
+        dataclass_types (`Sequence[type]`): Dataclasses, as for `HfArgumentParser`.
+        arguments (`Sequence[str]`, *optional*): The command line; that of the process if unset.
+        description (`str`, *optional*): Text of `--help`.
+
+    Returns:
+        One instance of each dataclass.
+
+    Raises:
+        ValueError: If the file has a key that no dataclass has.
+        FileNotFoundError: If there is no such file.
+    """
+    parser = HfArgumentParser(dataclass_types, description=description)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options.")
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    path = _config_path(arguments)
+    if path is not None:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file) or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} is not a list of `option: value` lines.")
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"{path} has unknown options: {', '.join(unknown)}.")
+        parser.set_defaults(**values)
+    *instances, namespace = parser.parse_args_into_dataclasses(arguments)
+    return tuple(instances)
+
+
+def _config_path(arguments: list[str]) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == "--config" and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config=")
+    return None
