@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -20,7 +19,6 @@ from .text_data import (
     generated_documents,
     load_tokenizer,
     load_train_and_validation,
-    pad_blocks,
     tokenize_documents,
     train_tokenizer,
 )
@@ -206,7 +204,6 @@ def train_language_model(
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        data_collator=partial(pad_blocks, pad_token_id=tokenizer.pad_token_id),
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

@@ -2,12 +2,14 @@
 
 import math
 import time
+from functools import partial
 
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from .routing_callback import RoutingCallback
+from .text_data import pad_blocks
 
 
 class RouterBiasCallback(TrainerCallback):
@@ -25,10 +27,15 @@ class LanguageModelingTrainer(Trainer):
     Beside what `Trainer` logs (`loss`, `grad_norm`, `learning_rate`, `eval_loss`) it logs `lm_loss` (nats per token),
     `aux_loss` (balancing, unweighted), `perplexity` and `eval_perplexity` (of the language-modelling loss alone) and
     `tokens_per_second` (real tokens of all processes, evaluation and saving left out).
+
+    Arguments are those of `Trainer`. Without a `data_collator`, examples are padded on the right by the tokenizer's
+    padding token ([`pad_blocks`]).
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, data_collator=None, processing_class=None, **kwargs):
+        if data_collator is None and processing_class is not None:
+            data_collator = partial(pad_blocks, pad_token_id=processing_class.pad_token_id)
+        super().__init__(*args, data_collator=data_collator, processing_class=processing_class, **kwargs)
         self._window = _Window()
         self.add_callback(RouterBiasCallback())
         self.add_callback(RoutingCallback(self))
