@@ -160,6 +160,7 @@ def generate_stories(
     num_people: int = 4,
     num_places: int = 6,
     num_objects: int = 3,
+    num_wordings: int = 5,
 ) -> list[BabiQuestion]:
     """
     Generate stories of people who move about, take objects and drop them, each with one question at its end.
@@ -182,6 +183,8 @@ def generate_stories(
         num_people (`int`, *optional*, defaults to `4`): People in the world, eight at most.
         num_places (`int`, *optional*, defaults to `6`): Places, two to eight.
         num_objects (`int`, *optional*, defaults to `3`): Objects, six at most.
+        num_wordings (`int`, *optional*, defaults to `5`): Ways to say the same thing, five at most. One is learned in
+            about half the steps.
 
     Returns:
         `list[BabiQuestion]`: `num_questions` questions.
@@ -192,6 +195,7 @@ def generate_stories(
     _check_range("num_people", num_people, 1, len(PEOPLE))
     _check_range("num_places", num_places, 2, len(PLACES))
     _check_range("num_objects", num_objects, 1, len(OBJECTS))
+    _check_range("num_wordings", num_wordings, 1, len(WORDING["move"]))
     min_facts = max(min_facts, _FEWEST_FACTS[task])
     if max_facts < min_facts:
         raise ValueError(f"max_facts is {max_facts}: a {task} story here has at least {min_facts} facts, so raise it.")
@@ -202,7 +206,7 @@ def generate_stories(
     questions: list[BabiQuestion] = []
     while len(questions) < num_questions:
         length = _pick(rng, lengths)
-        attempts = (_attempt(task, split, rng, length, cast) for _ in range(_ATTEMPTS))
+        attempts = (_attempt(task, split, rng, length, cast, num_wordings) for _ in range(_ATTEMPTS))
         question = next((question for question in attempts if question), None)
         if question:
             questions.append(question)
@@ -226,7 +230,9 @@ def _pick(rng: random.Random, items: Sequence):
     return items[int(rng.random() * len(items))]
 
 
-def _attempt(task: str, split: str, rng: random.Random, length: int, cast: tuple) -> BabiQuestion | None:
+def _attempt(
+    task: str, split: str, rng: random.Random, length: int, cast: tuple, num_wordings: int
+) -> BabiQuestion | None:
     """One random story of `length` facts, or `None` if it has no question of `task` or belongs to another split."""
     events = _simulate(rng, length, *cast)
     ask = _where_is if task == "babi2" else _where_was
@@ -234,8 +240,9 @@ def _attempt(task: str, split: str, rng: random.Random, length: int, cast: tuple
     if not askable or split_of("; ".join(map(" ".join, events))) != split:
         return None
     question, answer, supporting = _pick(rng, askable)
-    facts = (f"{event.person} {_pick(rng, WORDING[event.action]).format(event.thing)}" for event in events)
-    return BabiQuestion(tuple(facts), question, answer, supporting)
+    wordings = (_pick(rng, WORDING[event.action][:num_wordings]).format(event.thing) for event in events)
+    facts = tuple(f"{event.person} {wording}" for event, wording in zip(events, wordings, strict=True))
+    return BabiQuestion(facts, question, answer, supporting)
 
 
 def _simulate(rng: random.Random, length: int, people: tuple, places: tuple, objects: tuple) -> list[_Event]:

@@ -213,4 +213,7 @@ def train_language_model(
     metrics["parameters"] = model.num_parameters()
     metrics["steps"] = trainer.state.global_step
     trainer.save_metrics("eval", metrics)
+    trainer.create_model_card(dataset=data_arguments.dataset_name)
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset=data_arguments.dataset_name)
     return metrics

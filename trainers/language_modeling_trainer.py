@@ -3,11 +3,13 @@
 import math
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from .language_modeling_card import language_model_card
 from .routing_callback import RoutingCallback
 from .text_data import pad_blocks
 
@@ -89,6 +91,17 @@ class LanguageModelingTrainer(Trainer):
         if "eval_loss" in metrics:
             metrics["eval_perplexity"] = _perplexity(metrics["eval_loss"])
         return metrics
+
+    def create_model_card(self, dataset: str | None = None, **kwargs) -> None:
+        """Writes the card of the trained model to `output_dir`, from the run's own figures.
+
+        Args:
+            dataset (`str`, *optional*): Hub id or name of the data set.
+        """
+        if self.is_world_process_zero():
+            model = self.accelerator.unwrap_model(self.model)
+            card = language_model_card(model, self.args, self.state, dataset or "its training data")
+            card.save(Path(self.args.output_dir, "README.md"))
 
     def _save_checkpoint(self, model, trial):
         self._window.pause()

@@ -17,6 +17,8 @@ from tokenizers.trainers import BpeTrainer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+# Registers the models: otherwise loading the tokenizer of one of their checkpoints asks to run the code beside it.
+from .. import modeling as _modeling  # noqa: F401
 from .arithmetic import SYMBOLS, format_problem, generate_problems
 from .babi import SPLITS, TASKS, check_split, format_question, generate_stories
 
@@ -145,18 +147,27 @@ def generated_documents(
     tasks: Sequence[str] = ("babi2", "babi3", "addition"),
     *,
     max_facts: int = 6,
+    num_people: int = 2,
+    num_places: int = 4,
+    num_objects: int = 2,
+    num_wordings: int = 1,
     max_digits: int = 3,
     reverse_answer: bool = False,
 ) -> datasets.Dataset:
     """
-    The data that needs no download: short stories with questions, and arithmetic, shuffled, in equal shares.
+    The data that needs no download: short stories with questions, and arithmetic, shuffled, in equal shares. The world
+    of the stories is small by default, so that a small model learns them in minutes.
 
     Args:
         split (`str`, *optional*, defaults to `"train"`): `"train"`, `"validation"` or `"test"`; they share no example.
         seed (`int`, *optional*, defaults to `0`): The same seed gives the same rows on every machine.
         num_examples (`int`, *optional*, defaults to `10000`): Rows of all tasks together.
         tasks (`Sequence[str]`, *optional*): Of `babi2`, `babi3`, `addition`, `subtraction` and `multiplication`.
-        max_facts (`int`, *optional*, defaults to `6`): See [`~babi.generate_stories`].
+        max_facts (`int`, *optional*, defaults to `6`): See [`~babi.generate_stories`], also for the next four.
+        num_people (`int`, *optional*, defaults to `2`): People in the stories.
+        num_places (`int`, *optional*, defaults to `4`): Places.
+        num_objects (`int`, *optional*, defaults to `2`): Objects.
+        num_wordings (`int`, *optional*, defaults to `1`): Ways to say the same thing.
         max_digits (`int`, *optional*, defaults to `3`): See [`~arithmetic.generate_problems`].
         reverse_answer (`bool`, *optional*, defaults to `False`): See [`~arithmetic.format_problem`].
 
@@ -167,11 +178,12 @@ def generated_documents(
     unknown = [task for task in tasks if task not in (*TASKS, *SYMBOLS)]
     if unknown or not tasks:
         raise ValueError(f"tasks is {list(tasks)}: choose from {', '.join((*TASKS, *SYMBOLS))}.")
+    world = dict(num_people=num_people, num_places=num_places, num_objects=num_objects, num_wordings=num_wordings)
     rows = []
     for index, task in enumerate(tasks):
         share = num_examples // len(tasks) + (index < num_examples % len(tasks))
         if task in TASKS:
-            questions = generate_stories(task, share, split, seed, max_facts=max_facts)
+            questions = generate_stories(task, share, split, seed, max_facts=max_facts, **world)
             pairs = [format_question(question) for question in questions]
         else:
             problems = generate_problems(task, share, split, seed, max_digits=max_digits)

@@ -215,6 +215,12 @@ def test_stories_are_as_long_and_as_rich_as_asked(task):
     assert shortest == set(range({"babi2": 2, "babi3": 3}[task], 7))
 
 
+def test_one_wording_says_everything_in_one_way(task):
+    facts = {fact for question in generate_stories(task, 200, max_facts=10, num_wordings=1) for fact in question.facts}
+    words = {re.sub(r"^\w+ | \w+( there)?\.$", "", fact) for fact in facts}
+    assert words == {"moved to the", "got the", "dropped the"}
+
+
 def test_generated_stories_survive_the_file_format(task, tmp_path):
     questions = generate_stories(task, 100)
     write_babi(questions, tmp_path / "stories.txt")
@@ -234,6 +240,7 @@ def test_the_prompt_is_the_facts_and_the_question():
         ({"num_people": 9}, "num_people is 9: choose a number from 1 to 8"),
         ({"num_places": 1}, "num_places is 1: choose a number from 2 to 8"),
         ({"num_objects": 0}, "num_objects is 0: choose a number from 1 to 6"),
+        ({"num_wordings": 6}, "num_wordings is 6: choose a number from 1 to 5"),
         ({"max_facts": 2}, "max_facts is 2: a babi3 story here has at least 3 facts"),
         (
             {"max_facts": 3, "num_people": 1, "num_places": 2, "num_objects": 1, "split": "test"},

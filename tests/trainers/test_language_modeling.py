@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mixturekit.hub_cards import check_model_card
 from mixturekit.modeling import MoreConfig, MoreForCausalLM
 from mixturekit.trainers.language_modeling import load_data, train_language_model
 from mixturekit.trainers.language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
@@ -98,6 +100,17 @@ def test_a_fresh_process_loads_the_folder_and_generates(finished):
     tokens = json.loads(run.stdout)[0]
     again = model.generate(torch.tensor([tokens[:-5]]), max_new_tokens=5, do_sample=False, num_recurrences=3)
     assert again[0].tolist() == tokens
+
+
+def test_the_model_card_has_the_figures_of_the_run_and_code_that_runs_in_a_fresh_process(finished):
+    folder, metrics = finished
+    card = ModelCard.load(folder / "README.md")
+    check_model_card(card)
+    assert f"{metrics['eval_perplexity']:.2f}" in card.text and f"{metrics['parameters']:,}" in card.text
+    code = card.text.split("```python\n")[1].split("```")[0]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("Mary went to the kitchen.")
 
 
 @pytest.mark.parametrize("variant", ["base", "more_a", "more_b", "more_c", "more_d"])
