@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .babi import check_split, split_of
+from .splits import check_split, split_of
 
 SYMBOLS = {"addition": "+", "subtraction": "-", "multiplication": "*"}
 
@@ -93,7 +93,7 @@ def generate_problems(
     Generate distinct problems. Each operand's number of digits is drawn first, all lengths being equally likely, so
     that short numbers are not rare; once the problems of some lengths run out, the others fill up.
 
-    No problem is in two splits: the unordered pair of operands decides its split (see [`~babi.split_of`]), so that
+    No problem is in two splits: the unordered pair of operands decides its split (see [`~splits.split_of`]), so that
     `58 + 347` is never held out from a model that trains on `347 + 58`. Subtraction puts the larger operand first.
 
     Args:

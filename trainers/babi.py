@@ -8,7 +8,6 @@ and the numbers of the sentences that it follows from:
     3 Where is the football? <TAB>bathroom<TAB>2 1
 """
 
-import hashlib
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-SPLITS = ("train", "validation", "test")
+from .splits import check_split, split_of
+
 TASKS = ("babi2", "babi3")
 
 PEOPLE = ("Mary", "Sandra", "John", "Daniel", "Bill", "Fred", "Jeff", "Julie")
@@ -60,23 +60,6 @@ class _Event(NamedTuple):
     person: str
     action: str  # "move", "take" or "drop"
     thing: str  # the place of a move, or the object
-
-
-def split_of(key: str) -> str:
-    """
-    The split that an example belongs to: eight tenths train, one tenth validation, one tenth test.
-
-    It depends on `key` alone, so that no example can be in two splits, whatever the seeds, sizes and options of the
-    calls that drew it.
-    """
-    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 10
-    return SPLITS[max(0, bucket - 7)]
-
-
-def check_split(split: str) -> None:
-    """Raise a `ValueError` unless `split` is one of `SPLITS`."""
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}: choose one of {', '.join(SPLITS)}.")
 
 
 def format_question(question: BabiQuestion) -> tuple[str, str]:
@@ -169,17 +152,18 @@ def generate_stories(
     where it was before it came to a place, which takes three: who carried it, that person's way into the place, and
     the way before.
 
-    No story is in two splits: what happens in it decides its split (see [`split_of`]), and neither the wording nor the
-    question does. Longer stories with more people, places and objects are harder.
+    No story is in two splits: what happens in it decides its split (see [`~splits.split_of`]), and neither the wording
+    nor the question does. Longer stories with more people, places and objects are harder.
 
     Args:
         task (`str`): `"babi2"` or `"babi3"`.
-        num_questions (`int`): How many stories. Short ones of a small world repeat.
+        num_questions (`int`): How many stories. In `"train"`, the short ones of a small world repeat; in the other
+            splits none does.
         split (`str`, *optional*, defaults to `"train"`): `"train"`, `"validation"` or `"test"`.
         seed (`int`, *optional*, defaults to `0`): The same seed gives the same stories on every machine.
         min_facts (`int`, *optional*, defaults to `2`): Sentences in the shortest story; `babi3` needs three at least.
         max_facts (`int`, *optional*, defaults to `6`): Sentences in the longest story. All lengths are equally
-            frequent, except that a length at which the split has no story is left out.
+            frequent, as long as the split has more stories of them.
         num_people (`int`, *optional*, defaults to `4`): People in the world, eight at most.
         num_places (`int`, *optional*, defaults to `6`): Places, two to eight.
         num_objects (`int`, *optional*, defaults to `3`): Objects, six at most.
@@ -204,19 +188,23 @@ def generate_stories(
     cast = PEOPLE[:num_people], PLACES[:num_places], OBJECTS[:num_objects]
     lengths = list(range(min_facts, max_facts + 1))
     questions: list[BabiQuestion] = []
+    held_out: set[BabiQuestion] = set()
     while len(questions) < num_questions:
-        length = _pick(rng, lengths)
-        attempts = (_attempt(task, split, rng, length, cast, num_wordings) for _ in range(_ATTEMPTS))
-        question = next((question for question in attempts if question), None)
-        if question:
-            questions.append(question)
-            continue
-        lengths.remove(length)
         if not lengths:
             raise ValueError(
-                f"max_facts is {max_facts}: with {num_people} people, {num_places} places and {num_objects} objects "
-                f"no {task} story of this length is in split {split!r}, so raise one of them."
+                f"num_questions is {num_questions}: split {split!r} has only {len(questions)} {task} stories of at "
+                f"most {max_facts} facts, {num_people} people, {num_places} places and {num_objects} objects, so "
+                "raise these."
             )
+        length = _pick(rng, lengths)
+        attempts = (_attempt(task, split, rng, length, cast, num_wordings) for _ in range(_ATTEMPTS))
+        question = next((question for question in attempts if question and question not in held_out), None)
+        if question is None:
+            lengths.remove(length)
+            continue
+        questions.append(question)
+        if split != "train":
+            held_out.add(question)
     return questions
 
 

@@ -71,6 +71,11 @@ def load_data(
     Returns:
         Tokenizer, training data and validation data.
     """
+    named = arguments.tokenizer_name_or_path or model_name_or_path
+    if arguments.train_tokenizer and named:
+        raise ValueError(f"--train_tokenizer would replace the tokenizer of {named}; leave out one of them.")
+    if not arguments.train_tokenizer and not named:
+        raise ValueError("No tokenizer: name one with --tokenizer_name_or_path, or train one with --train_tokenizer.")
     generated = arguments.dataset_name == GENERATED
     if generated:
         train, validation = (
@@ -81,7 +86,7 @@ def load_data(
         train, validation = load_train_and_validation(
             arguments.dataset_name, arguments.dataset_config, arguments.text_column, arguments.validation_fraction
         )
-    tokenizer = _tokenizer(arguments, model_name_or_path, train)
+    tokenizer = load_tokenizer(named) if named else _train_tokenizer(arguments, train)
     if generated:
         pairs = ([(row["prompt"], row["answer"]) for row in rows] for rows in (train, validation))
         return tokenizer, *(AnswerDataset(part, tokenizer, arguments.sequence_length) for part in pairs)
@@ -94,7 +99,7 @@ def generate_examples(arguments: DataArguments, split: str, seed: int = 0) -> da
     return generated_documents(
         split,
         seed,
-        arguments.num_examples if split == "train" else max(300, arguments.num_examples // 20),
+        arguments.num_examples if split == "train" else arguments.num_validation_examples,
         arguments.tasks,
         max_facts=arguments.max_facts,
         max_digits=arguments.max_digits,
@@ -102,14 +107,7 @@ def generate_examples(arguments: DataArguments, split: str, seed: int = 0) -> da
     )
 
 
-def _tokenizer(arguments: DataArguments, model_name_or_path: str | None, train) -> PreTrainedTokenizerBase:
-    named = arguments.tokenizer_name_or_path or model_name_or_path
-    if arguments.train_tokenizer and named:
-        raise ValueError(f"--train_tokenizer would replace the tokenizer of {named}; leave out one of them.")
-    if named:
-        return load_tokenizer(named)
-    if not arguments.train_tokenizer:
-        raise ValueError("No tokenizer: name one with --tokenizer_name_or_path, or train one with --train_tokenizer.")
+def _train_tokenizer(arguments: DataArguments, train: datasets.Dataset) -> PreTrainedTokenizerBase:
     texts = train if "text" in train.column_names else (row["prompt"] + row["answer"] for row in train)
     return train_tokenizer(texts, arguments.vocab_size or 8192)
 
@@ -127,37 +125,41 @@ def load_model(
     Raises:
         ValueError: If the tokenizer has more tokens than the model, or the checkpoint is of another architecture.
     """
-    overrides = _overrides(arguments)
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if not arguments.model_name_or_path:
+        special["vocab_size"] = len(tokenizer) if vocab_size is None else vocab_size
+    config = load_config(arguments, **special)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens but the model's vocabulary only {config.vocab_size}; "
+            "raise --vocab_size or choose the tokenizer that belongs to the model."
+        )
     if arguments.model_name_or_path:
-        config = AutoConfig.from_pretrained(arguments.model_name_or_path)
-        _check_architecture(config, overrides, arguments)
-        for name, value in {**overrides, **special}.items():
-            setattr(config, name, value)
-        _check_vocabulary(config, tokenizer)
         return MoreForCausalLM.from_pretrained(arguments.model_name_or_path, config=config, dtype=torch.float32)
-    overrides["vocab_size"] = len(tokenizer) if vocab_size is None else vocab_size
-    config = MoreConfig.from_preset(arguments.preset, arguments.expert_type, arguments.match, **overrides, **special)
-    _check_vocabulary(config, tokenizer)
     return MoreForCausalLM(config)
+
+
+def load_config(arguments: ModelArguments, **changes) -> MoreConfig:
+    """The configuration of a preset or a checkpoint with the overrides of `arguments`, and then `changes`."""
+    overrides = _overrides(arguments)
+    if not arguments.model_name_or_path:
+        return MoreConfig.from_preset(
+            arguments.preset, arguments.expert_type, arguments.match, **{**overrides, **changes}
+        )
+    config = AutoConfig.from_pretrained(arguments.model_name_or_path)
+    _check_architecture(config, overrides, arguments)
+    # Built anew, because only the constructor checks the fields against each other.
+    return MoreConfig(**{**config.to_dict(), **overrides, **changes})
 
 
 def _overrides(arguments: ModelArguments) -> dict:
     chosen = {"model_name_or_path", "preset", "match", "expert_type"}
     values = {field.name: getattr(arguments, field.name) for field in fields(arguments) if field.name not in chosen}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _check_vocabulary(config: MoreConfig, tokenizer: PreTrainedTokenizerBase):
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens but the model's vocabulary only {config.vocab_size}; "
-            "raise --vocab_size or choose the tokenizer that belongs to the model."
-        )
 
 
 def _check_architecture(config, overrides: dict, arguments: ModelArguments):
@@ -193,6 +195,7 @@ def train_language_model(
         The metrics of the last evaluation: `eval_loss`, `eval_perplexity` and the evaluation's speed.
     """
     checkpoint = check_output_dir(config)
+    load_config(model_arguments)
     tokenizer, train, validation = load_data(data_arguments, model_arguments.model_name_or_path, config.data_seed or 0)
     torch.manual_seed(config.seed)
     model = load_model(model_arguments, tokenizer, data_arguments.vocab_size)

@@ -75,6 +75,7 @@ class DataArguments:
         metadata={"help": "Of 'generated': babi2, babi3, addition, subtraction, multiplication."},
     )
     num_examples: int = field(default=20_000, metadata={"help": "Training examples of 'generated'."})
+    num_validation_examples: int = field(default=300, metadata={"help": "Held-out examples of 'generated'."})
     max_facts: int = field(default=6, metadata={"help": "Facts of the longest generated story."})
     max_digits: int = field(default=3, metadata={"help": "Digits of the longest generated operand."})
 

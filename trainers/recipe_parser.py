@@ -24,7 +24,7 @@ def parse_recipe(
         ValueError: If the file has a key that no dataclass has.
         FileNotFoundError: If there is no such file.
     """
-    parser = HfArgumentParser(dataclass_types, description=description)
+    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options.")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     path = _config_path(arguments)

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 # Registers the models: otherwise loading the tokenizer of one of their checkpoints asks to run the code beside it.
 from .. import modeling as _modeling  # noqa: F401
 from .arithmetic import SYMBOLS, format_problem, generate_problems
-from .babi import SPLITS, TASKS, check_split, format_question, generate_stories
+from .babi import TASKS, format_question, generate_stories
+from .splits import SPLITS, check_split
 
 GENERATED = "generated"
 END_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from mixturekit.trainers.arithmetic import SYMBOLS, ArithmeticProblem, format_problem, generate_problems, parse_answer
-from mixturekit.trainers.babi import SPLITS
+from mixturekit.trainers.splits import SPLITS
 
 
 @pytest.fixture(params=SYMBOLS)

@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 
 from mixturekit.trainers.babi import (
-    SPLITS,
     TASKS,
     BabiQuestion,
     format_question,
     generate_stories,
     read_babi,
-    split_of,
     write_babi,
 )
+from mixturekit.trainers.splits import SPLITS, split_of
 
 DATA = Path(os.environ.get("MIXTUREKIT_DATA", Path(__file__).parents[2] / "../shared/data")) / "babi"
 REAL_FILES = {
@@ -186,6 +185,12 @@ def test_splits_share_no_story_whatever_the_seed_the_task_and_the_words():
     assert not stories["validation"] & stories["test"]
 
 
+def test_no_held_out_question_counts_twice(task):
+    small = {"max_facts": 4, "num_people": 2, "num_places": 4, "num_objects": 2, "num_wordings": 1}
+    for split in ("validation", "test"):
+        assert len(set(generate_stories(task, 40, split, **small))) == 40
+
+
 def test_a_key_is_in_one_split_and_eight_of_ten_are_in_train():
     counts = {split: sum(split_of(f"key {index}") == split for index in range(5_000)) for split in SPLITS}
     assert sum(counts.values()) == 5_000
@@ -244,7 +249,7 @@ def test_the_prompt_is_the_facts_and_the_question():
         ({"max_facts": 2}, "max_facts is 2: a babi3 story here has at least 3 facts"),
         (
             {"max_facts": 3, "num_people": 1, "num_places": 2, "num_objects": 1, "split": "test"},
-            "max_facts is 3: with 1 people, 2 places and 1 objects no babi3 story of this length is in split 'test'",
+            "num_questions is 1: split 'test' has only 0 babi3 stories of at most 3 facts, 1 people, 2 places and 1 ",
         ),
     ],
 )

@@ -18,6 +18,7 @@ from mixturekit.trainers.language_modeling import load_data, train_language_mode
 from mixturekit.trainers.language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
 from mixturekit.trainers.language_modeling_trainer import LanguageModelingTrainer
 from mixturekit.trainers.recipe_parser import parse_recipe
+from mixturekit.trainers.text_data import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 GOLDEN_LOSSES = [5.698, 5.572, 5.463, 5.366]
@@ -96,10 +97,10 @@ def test_a_fresh_process_loads_the_folder_and_generates(finished):
     )
     run = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    model = MoreForCausalLM.from_pretrained(folder)
-    tokens = json.loads(run.stdout)[0]
-    again = model.generate(torch.tensor([tokens[:-5]]), max_new_tokens=5, do_sample=False, num_recurrences=3)
-    assert again[0].tolist() == tokens
+    model, tokenizer = MoreForCausalLM.from_pretrained(folder), load_tokenizer(str(folder))
+    prompt = tokenizer("Mary went to the kitchen.", return_tensors="pt")
+    again = model.generate(**prompt, max_new_tokens=5, do_sample=False, num_recurrences=3)
+    assert again.tolist() == json.loads(run.stdout)
 
 
 def test_the_model_card_has_the_figures_of_the_run_and_code_that_runs_in_a_fresh_process(finished):
