@@ -8,7 +8,13 @@ EXPERT_TYPES = ("base", "more_a", "more_b", "more_c", "more_d")
 
 # One shape per size; the widths of the experts follow from the budget that all variants of a size share.
 PRESETS = {
-    "debug": {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4},
+    "debug": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_experts": 4,
+    },
     "tiny": {"vocab_size": 8192, "hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4},
     "small": {"vocab_size": 50257, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8},
     "medium": {"vocab_size": 50257, "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8},
@@ -53,7 +59,8 @@ class MoreConfig(PreTrainedConfig):
             Number of steps in training: `fixed`, `uniform` (between `min_recurrences` and `max_recurrences`) or
             `log_normal_poisson` with mean `num_recurrences` (Geiping et al. 2025, arXiv 2502.05171).
         min_recurrences (`int`, *optional*, defaults to 1): Fewest steps that sampling or early exit may take.
-        max_recurrences (`int`, *optional*): Most steps that sampling may take; twice `num_recurrences` for `uniform` if unset.
+        max_recurrences (`int`, *optional*):
+            Most steps that sampling may take; twice `num_recurrences` for `uniform` if unset.
         backprop_recurrences (`int`, *optional*): Gradient flows through this many last steps; through all if unset.
         exit_threshold (`float`, *optional*, defaults to 0.0):
             A token leaves the recurrence once its state's relative change is below this; 0 never exits.
@@ -142,9 +149,11 @@ class MoreConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(allowed)}.")
 
     def _check_numbers(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "recurrent_size", "head_dim")
+        for name in (*sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
         if self.hidden_size % self.num_attention_heads and self.head_dim is None:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
@@ -165,6 +174,10 @@ class MoreConfig(PreTrainedConfig):
             )
         if self.exit_threshold < 0:
             raise ValueError(f"`exit_threshold` is {self.exit_threshold}; it must be 0 (never exit) or positive.")
+        if self.loss_chunk_size < 0:
+            raise ValueError(
+                f"`loss_chunk_size` is {self.loss_chunk_size}; it must be 0 (all logits at once) or positive."
+            )
 
     @property
     def is_recurrent(self) -> bool:
@@ -227,9 +240,7 @@ class MoreConfig(PreTrainedConfig):
         return 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
 
     @classmethod
-    def from_preset(
-        cls, size: str, expert_type: str = "base", match: str = "parameters", **overrides
-    ) -> "MoreConfig":
+    def from_preset(cls, size: str, expert_type: str = "base", match: str = "parameters", **overrides) -> "MoreConfig":
         """The configuration of a named size, with the expert's width chosen so that all variants cost the same.
 
         Args:
@@ -271,7 +282,13 @@ class MoreConfig(PreTrainedConfig):
         # Multiples of 8 keep rows 16-byte aligned in bfloat16, as grouped matrix products on a GPU require; at
         # `debug` widths they would be too coarse to match, and alignment does not matter.
         multiple = 8 if self.hidden_size >= 128 else 4
-        return min(range(multiple, 16 * self.hidden_size, multiple), key=distance)
+        best = min(range(multiple, 16 * self.hidden_size, multiple), key=distance)
+        if best == multiple and distance(best) > 0.05 * budget:
+            raise ValueError(
+                f"With num_recurrences={self.num_recurrences} even the narrowest {self.expert_type!r} expert costs "
+                f"more than the others when matched by {match}; lower `num_recurrences`, or give `{width}`."
+            )
+        return best
 
 
 __all__ = ["EXPERT_TYPES", "MATCHED_BUDGETS", "PRESETS", "MoreConfig"]

@@ -60,11 +60,13 @@ class SegmentedAttention:
             chosen = ((self.buckets == bucket) & (sizes > 0)).nonzero().squeeze(1)
             if len(chosen) == 0:
                 continue
-            key_index, _ = _pad(self.starts[chosen], self.sizes[chosen])
+            key_index, key_filled = _pad(self.starts[chosen], self.sizes[chosen])
             query_index, filled = _pad(starts[chosen], sizes[chosen])
             mask = None
             if active is not None:
-                mask = (key_index.unsqueeze(1) <= active[query_index].unsqueeze(2)).unsqueeze(1)
+                mask = key_index.unsqueeze(1) <= active[query_index].unsqueeze(2)
+                # The last row of a run could see its own repetitions in the padding, too.
+                mask = (mask & key_filled.unsqueeze(1)).unsqueeze(1)
             filled = filled.flatten().nonzero().squeeze(1)
             plan.append((query_index, key_index, mask, filled))
             positions.append(query_index.flatten()[filled])
@@ -74,7 +76,7 @@ class SegmentedAttention:
 def _pad(starts: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     offsets = torch.arange(int(sizes.max()), device=sizes.device)
     filled = offsets < sizes.unsqueeze(1)
-    # Padding repeats the last row of its run; no filled row can see it, so that it gets no gradient either.
+    # Padding repeats the last row of its run; causality or a mask hides it, so that it gets no gradient either.
     return starts.unsqueeze(1) + torch.minimum(offsets, sizes.unsqueeze(1) - 1), filled
 
 

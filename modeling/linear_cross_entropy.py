@@ -33,7 +33,9 @@ def linear_cross_entropy(
     low_precision_cpu = device == "cpu" and hidden_states.dtype != torch.float32
     if LinearCrossEntropyOptions is None or torch.compiler.is_compiling() or low_precision_cpu:
         chunks = zip(hidden_states.split(chunk_size), labels.split(chunk_size), strict=True)
-        return sum(checkpoint(_cross_entropy_sum, chunk, weight, target, use_reentrant=False) for chunk, target in chunks)
+        return sum(
+            checkpoint(_cross_entropy_sum, chunk, weight, target, use_reentrant=False) for chunk, target in chunks
+        )
     options = LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=min(chunk_size, len(labels)))
     loss = F.linear_cross_entropy(hidden_states, weight, labels, reduction="sum", ignore_index=-100, options=options)
     return loss.float()

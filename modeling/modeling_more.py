@@ -127,6 +127,19 @@ class MorePreTrainedModel(PreTrainedModel):
         "attentions": LlamaAttention,
     }
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers, and the same files for a model that FSDP2 has sharded."""
+        sharded = type(self)
+        if sharded.__name__.startswith("FSDP"):
+            # `fully_shard` makes a class of its own in a file of torch, which would be saved as the model's code. Its
+            # full state holds tied weights twice, in two tensors.
+            original = next(base for base in sharded.__mro__ if base.__name__ == sharded.__name__.removeprefix("FSDP"))
+            sharded.__name__, sharded.__module__ = original.__name__, original.__module__
+        if kwargs.get("state_dict") is not None:
+            tied = self.all_tied_weights_keys
+            kwargs["state_dict"] = {name: value for name, value in kwargs["state_dict"].items() if name not in tied}
+        super().save_pretrained(save_directory, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         """Draws the parameters that transformers does not know.
@@ -326,6 +339,7 @@ class MoreForCausalLM(MorePreTrainedModel, GenerationMixin):
         """
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         with_losses = wanted or (labels is not None and self.training and self._has_router_losses)
+        with_indices = kwargs.pop("output_router_indices", False) or wanted
         loss_kwargs = {name: kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels")}
         outputs = self.model(
             input_ids=input_ids,
@@ -337,7 +351,7 @@ class MoreForCausalLM(MorePreTrainedModel, GenerationMixin):
             num_recurrences=num_recurrences,
             exit_threshold=exit_threshold,
             output_router_logits=with_losses,
-            **({"output_router_indices": True} if with_losses else {}),
+            output_router_indices=with_losses or with_indices,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -364,10 +378,11 @@ class MoreForCausalLM(MorePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if wanted else None,
-            lm_loss=None if lm_loss is None else lm_loss.detach(),
+            # A copy, because `Trainer` scales the loss in place.
+            lm_loss=None if lm_loss is None else lm_loss.detach().clone(),
             z_loss=router_z_loss,
             router_weights=outputs.router_weights,
-            router_indices=outputs.router_indices if wanted or kwargs.get("output_router_indices") else None,
+            router_indices=outputs.router_indices if with_indices else None,
             recurrence_steps=outputs.recurrence_steps,
         )
 

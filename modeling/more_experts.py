@@ -83,7 +83,8 @@ class MoreExperts(nn.Module):
 
         Args:
             linear_class (`type`): `GroupedLinear`, or `LoopedLinear` for the plain reference.
-            hidden_states (`torch.Tensor` of shape `(tokens, hidden)`), top_k_index and top_k_weights `(tokens, slots)`.
+            hidden_states (`torch.Tensor` of shape `(tokens, hidden)`): The tokens.
+            top_k_index, top_k_weights (`torch.Tensor` of shape `(tokens, slots)`): Their experts, and weights.
             context ([`ExpertContext`]): Recurrence, sequences, positions and cache.
 
         Returns:
@@ -104,10 +105,12 @@ class MoreExperts(nn.Module):
         """Order of the token-expert pairs, `(rows,)`, by expert and then by time."""
         return top_k_index.flatten().argsort(stable=True)
 
-    def feed_forward(self, rows: torch.Tensor, linear: LoopedLinear) -> torch.Tensor:
+    def feed_forward(
+        self, rows: torch.Tensor, linear: LoopedLinear, gate_up: torch.Tensor, down: torch.Tensor
+    ) -> torch.Tensor:
         """Gated feed-forward (SwiGLU with `silu`; Shazeer 2020, arXiv 2002.05202) of rows `(rows, hidden)`."""
-        gate, up = linear(rows, self.gate_up_proj).chunk(2, dim=-1)
-        return linear(self.act_fn(gate) * up, self.down_proj)
+        gate, up = linear(rows, gate_up).chunk(2, dim=-1)
+        return linear(self.act_fn(gate) * up, down)
 
     def add_feed_forward(self):
         """Creates the parameters of [`~MoreExperts.feed_forward`]."""
@@ -130,6 +133,14 @@ def scalar_gate(rows: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     return (rows * vectors).sum(dim=-1, keepdim=True).sigmoid().to(rows.dtype)
 
 
+def uses_later_steps(context: ExpertContext) -> bool:
+    """Whether a weight that the first step has no use for gets its gradient from a later one.
+
+    A parameter without any gradient would stop data-parallel training, so a single step computes with zeros instead.
+    """
+    return context.options.num_recurrences > 1 or not torch.is_grad_enabled()
+
+
 class MoreFeedForwardExperts(MoreExperts):
     """`base`: gated feed-forward experts, as in Mixtral."""
 
@@ -139,7 +150,7 @@ class MoreFeedForwardExperts(MoreExperts):
 
     def transform(self, rows, linear, context, top_k_index, order):
         """Maps sorted rows `(rows, hidden)` to outputs of the same shape, without steps."""
-        return self.feed_forward(rows, linear), None
+        return self.feed_forward(rows, linear, self.gate_up_proj, self.down_proj), None
 
 
 class MoreRecurrentBlockExperts(MoreExperts):
@@ -187,11 +198,15 @@ class MoreRecurrentBlockExperts(MoreExperts):
         injected = linear(rows, self.adapter_input) if linear.fast else rows
         norms = (self.attention_output_norm[linear.experts], self.mlp_output_norm[linear.experts])
         constants = (injected, cos, sin, *norms)
+        weights = (self.adapter_state, self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj)
+        adapter, *weights = map(linear.cast, weights)
+
+        skips_first = self.config.state_initialization == "zeros" and uses_later_steps(context)
 
         def step(state, linear, active, index):
             chosen = constants if active is None else [constant.index_select(0, active) for constant in constants]
-            adapted = self._adapt(state, chosen[0], linear, index)
-            return self._block(adapted, linear, attention, chosen, active, index)
+            adapted = self._adapt(state, chosen[0], linear, adapter, index, skips_first)
+            return self._block(adapted, linear, weights, attention, chosen, active, index)
 
         state, steps = iterate(step, self._initial_state(rows, linear, context), linear, context.options)
         attention.fill(int(steps.max()) if len(steps) else 0, context.options.num_recurrences)
@@ -204,23 +219,24 @@ class MoreRecurrentBlockExperts(MoreExperts):
             return torch.randn_like(rows) * self.config.state_noise_std
         return torch.zeros_like(rows)
 
-    def _adapt(self, state, injected, linear, index):
+    def _adapt(self, state, injected, linear, adapter, index, skips_first):
         if not linear.fast:
-            return linear(torch.cat((state, injected), dim=-1), torch.cat((self.adapter_state, self.adapter_input), -1))
+            return linear(torch.cat((state, injected), dim=-1), torch.cat((adapter, self.adapter_input), dim=-1))
         # The input's share is the same in every step, and a first state of zeros has none.
-        if index == 0 and self.config.state_initialization == "zeros":
+        if skips_first and index == 0:
             return injected
-        return linear(state, self.adapter_state) + injected
+        return linear(state, adapter) + injected
 
-    def _block(self, adapted, linear, attention, constants, active, index):
+    def _block(self, adapted, linear, weights, attention, constants, active, index):
+        qkv_proj, o_proj, gate_up, down = weights
         _, cos, sin, attention_norm, mlp_norm = constants
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        qkv = linear(self._normalize(adapted), self.qkv_proj).unflatten(-1, (-1, self.head_dim))
+        qkv = linear(self._normalize(adapted), qkv_proj).unflatten(-1, (-1, self.head_dim))
         query, key, value = qkv.split(heads, dim=1)
         query, key = apply_rotation(query, cos, sin).to(value.dtype), apply_rotation(key, cos, sin).to(value.dtype)
         attended = attention(query, key, value, active, index).flatten(1)
-        state = self._normalize(adapted + linear(attended, self.o_proj)) * attention_norm
-        return self._normalize(state + self.feed_forward(self._normalize(state), linear)) * mlp_norm
+        state = self._normalize(adapted + linear(attended, o_proj)) * attention_norm
+        return self._normalize(state + self.feed_forward(self._normalize(state), linear, gate_up, down)) * mlp_norm
 
     def _normalize(self, rows: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(rows, rows.shape[-1:], eps=self.config.rms_norm_eps)
@@ -238,9 +254,10 @@ class MoreSandwichExperts(MoreExperts):
     def transform(self, rows, linear, context, top_k_index, order):
         """Iterates on sorted rows `(rows, hidden)`; returns the outputs and the steps of each row."""
         update = gru_update if linear.fast else gru_cell
+        gru_hidden, gru_input = linear.cast(self.gru_hidden), linear.cast(self.gru_input)
 
         def step(state, linear, active, index):
-            return update(linear(state, self.gru_hidden), linear(state, self.gru_input), state)
+            return update(linear(state, gru_hidden), linear(state, gru_input), state)
 
         state, steps = iterate(step, self.act_fn(linear(rows, self.up_proj)), linear, context.options)
         return linear(state, self.down_proj), steps
@@ -257,23 +274,25 @@ class MoreParallelExperts(MoreExperts):
 
     def transform(self, rows, linear, context, top_k_index, order):
         """Mixes both branches of sorted rows `(rows, hidden)`; returns the outputs and the steps of each row."""
-        projected = linear(rows, self.gru_input)
+        gru_hidden, gru_input = linear.cast(self.gru_hidden), linear.cast(self.gru_input)
+        projected = linear(rows, gru_input)
 
         def plain_step(state, linear, active, index):
             chosen = rows if active is None else rows[active]
-            return gru_cell(linear(state, self.gru_hidden), linear(chosen, self.gru_input), state)
+            return gru_cell(linear(state, gru_hidden), linear(chosen, gru_input), state)
 
         def fast_step(state, linear, active, index):
-            if index == 0:
+            if index == 0 and uses_later_steps(context):
                 return _first_gru_state(projected)
             chosen = projected if active is None else projected.index_select(0, active)
-            return gru_update(linear(state, self.gru_hidden), chosen, state)
+            return gru_update(linear(state, gru_hidden), chosen, state)
 
         zeros = projected.new_zeros(rows.shape)
         state, steps = iterate(fast_step if linear.fast else plain_step, zeros, linear, context.options)
         # A softmax over two branches is the sigmoid of the difference of their logits.
         gate = scalar_gate(rows, self.branch_gate[linear.experts])
-        return gate * self.feed_forward(rows, linear) + (1 - gate) * state, steps
+        output = self.feed_forward(rows, linear, self.gate_up_proj, self.down_proj)
+        return gate * output + (1 - gate) * state, steps
 
 
 def _first_gru_state(projected: torch.Tensor) -> torch.Tensor:
@@ -295,13 +314,15 @@ class MoreRefinementExperts(MoreExperts):
         """Refines the outputs of sorted rows `(rows, hidden)`; returns them and the steps of each row."""
         update = gru_update if linear.fast else gru_cell
         gates = self.update_gate[linear.experts]
+        gru_hidden, gru_input = linear.cast(self.gru_hidden), linear.cast(self.gru_input)
 
         def step(state, linear, active, index):
-            refined = update(linear(state, self.gru_hidden), linear(state, self.gru_input), state)
+            refined = update(linear(state, gru_hidden), linear(state, gru_input), state)
             gate = scalar_gate(state, gates if active is None else gates.index_select(0, active))
             return state + gate * (refined - state)
 
-        return iterate(step, self.feed_forward(rows, linear), linear, context.options)
+        output = self.feed_forward(rows, linear, self.gate_up_proj, self.down_proj)
+        return iterate(step, output, linear, context.options)
 
 
 EXPERT_CLASSES = {

@@ -52,6 +52,12 @@ class LoopedLinear:
         pieces = [F.linear(piece, expert) for piece, expert in zip(rows.split(self.sizes), weight, strict=True)]
         return torch.cat(pieces)
 
+    def cast(self, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` as the products take it, for a loop to look it up and cast it once instead of in every step."""
+        if torch.is_autocast_enabled(weight.device.type):
+            return weight.to(torch.get_autocast_dtype(weight.device.type))
+        return weight
+
     def select(self, index: torch.Tensor) -> "LoopedLinear":
         """The same map for a subset of the rows, by ascending index."""
         return type(self)(self.experts[index], self.num_experts)
@@ -70,13 +76,20 @@ class GroupedLinear(LoopedLinear):
 
     def __call__(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         # The grouped kernels are not known to autocast, which would leave experts in float32 under bf16 training.
-        if torch.is_autocast_enabled(rows.device.type):
-            dtype = torch.get_autocast_dtype(rows.device.type)
-            rows, weight = rows.to(dtype), weight.to(dtype)
-        if torch.compiler.is_compiling() and weight.dtype != torch.bfloat16:
-            # Inductor lowers grouped products of bfloat16 only; transformers registers this operator for the rest.
+        rows, weight = self.cast(rows), self.cast(weight)
+        if not _has_grouped_kernel(weight):
             return torch.ops.transformers.grouped_mm_fallback(rows, weight.transpose(1, 2), self.offsets)
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=self.offsets)
+
+
+def _has_grouped_kernel(weight: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        # Inductor lowers grouped products of bfloat16 only; transformers registers an operator for the rest.
+        return weight.dtype == torch.bfloat16
+    # The kernels need rows of whole 16 bytes, which odd widths in bfloat16 are not.
+    if weight.dtype == torch.float64 or any(width * weight.element_size() % 16 for width in weight.shape[1:]):
+        return False
+    return weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) >= (8, 0)
 
 
 def gru_cell(hidden_gates: torch.Tensor, input_gates: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,8 @@ class TopKRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         if bias_balancing:
             self.register_buffer("e_score_correction_bias", torch.zeros(num_experts, dtype=torch.float32))
-            self.register_buffer("tokens_per_expert", torch.zeros(num_experts), persistent=False)
+            # Whole numbers, because a model in bfloat16 could not count beyond 256.
+            self.register_buffer("tokens_per_expert", torch.zeros(num_experts, dtype=torch.long), persistent=False)
 
     def forward(
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
@@ -70,10 +71,10 @@ class TopKRouter(nn.Module):
 
     @torch.no_grad()
     def _count(self, indices: torch.Tensor, token_mask: torch.Tensor | None):
-        ones = torch.ones_like(indices, dtype=torch.float32)
+        ones = torch.ones_like(indices)
         if token_mask is not None:
             ones = ones * token_mask.unsqueeze(-1)
-        self.tokens_per_expert.scatter_add_(0, indices.flatten(), ones.flatten().to(self.tokens_per_expert.dtype))
+        self.tokens_per_expert.scatter_add_(0, indices.flatten(), ones.flatten())
 
     @torch.no_grad()
     def update_bias(self, rate: float):
@@ -98,7 +99,7 @@ def balancing_loss(
 
     Switch's loss of a batch depends on which sequences happen to share it. Taken per sequence, as in DeepSeek-V3
     (arXiv 2412.19437, equation 17), it is the same however the sequences are split over batches and processes.
-    It is the number of slots if load and scores are even, and grows up to the number of experts times slots.
+    It is the number of slots if load and scores are even, and grows up to the number of experts.
 
     Args:
         logits (`torch.Tensor` of shape `(batch * seq, experts)`): Router logits.

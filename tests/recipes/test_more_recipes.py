@@ -1,0 +1,82 @@
+"""The recipes of MoRE, run as a user runs them."""
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def run(script, *options, timeout=600):
+    command = [sys.executable, str(RECIPES / script), *map(str, options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+@pytest.mark.slow
+def test_the_demo_prints_accuracy_by_variant_and_recurrences_and_draws_the_routing(tmp_path):
+    demo = run("demo_more.py", "--output_dir", tmp_path, "--max_steps", 20)
+    assert demo.returncode == 0, demo.stderr[-3000:]
+    accuracy = json.loads((tmp_path / "accuracy.json").read_text())
+    assert set(accuracy) == {"base", "more_c"}
+    assert set(accuracy["more_c"]["accuracy"]) == {"1", "2", "4", "8"}
+    for result in accuracy.values():
+        for by_task in result["accuracy"].values():
+            assert set(by_task) == {"babi2", "babi3", "addition"}
+            assert all(0 <= share <= 1 for share in by_task.values())
+    assert "Held-out accuracy" in demo.stdout and "more_c" in demo.stdout
+    page = (tmp_path / "routing.html").read_text()
+    assert "Sankey" in page or "sankey" in page
+    assert 'src="http' not in page
+
+
+@pytest.mark.slow
+def test_the_throughput_benchmark_measures_every_variant_beside_mixtral(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "recurrent_size": 64, "layers": 1, "heads": 2, "experts": 2}
+    sizes |= {"batch": 2, "sequence": 32, "vocab": 100, "repeats": 1}
+    options = [text for name, value in sizes.items() for text in (f"--{name}", value)]
+    benchmark = run("benchmarks/more_throughput.py", *options, "--json", tmp_path / "figures.json")
+    assert benchmark.returncode == 0, benchmark.stderr[-3000:]
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["mixtral", "base", "more_a", "more_b", "more_c", "more_d"]
+    mixtral, base = rows[:2]
+    assert mixtral["parameters"] == base["parameters"]
+    assert all(row["tokens_per_second"] > 0 and 0 < row["share_of_peak"] < 1.5 for row in rows)
+
+
+def trigram_model():
+    path = RECIPES / "benchmarks" / "wikitext_comparison.py"
+    spec = importlib.util.spec_from_file_location("wikitext_comparison", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.TrigramModel
+
+
+def test_trigram_probabilities_sum_to_one_in_seen_and_unseen_contexts():
+    source = random.Random(0)
+    tokens = [source.randrange(20) for _ in range(3000)]
+    model = trigram_model()(tokens)
+    for context in ((3, 4), (3, 99), (98, 99)):
+        assert sum(model.probability(context, token) for token in range(20)) == pytest.approx(1)
+
+
+def test_a_trigram_model_learns_what_two_tokens_tell_and_no_more():
+    source = random.Random(0)
+    cycle = [0, 1, 2, 0, 2, 1] * 500
+    assert trigram_model()(cycle).perplexity(cycle[:200]) < 1.01
+    noise = [source.randrange(4) for _ in range(20_000)]
+    assert trigram_model()(noise[:16_000]).perplexity(noise[16_000:]) == pytest.approx(4, rel=0.05)
+
+
+def test_a_recipe_says_in_one_sentence_what_is_wrong(tmp_path):
+    refused = run("train_more.py", "--expert_type", "more_z", "--output_dir", tmp_path / "out", "--use_cpu")
+    assert refused.returncode != 0
+    assert refused.stderr.strip().splitlines()[-1] == (
+        "ValueError: `expert_type` is 'more_z'; choose one of base, more_a, more_b, more_c, more_d."
+    )
