@@ -207,6 +207,8 @@ class MoreModel(MorePreTrainedModel):
                 Steps of recurrent experts in this pass. If unset, `config.num_recurrences`, or in training a draw by
                 `config.recurrence_sampling`.
             exit_threshold (`float`, *optional*): As `config.exit_threshold`, for this pass.
+            output_router_logits, output_router_weights, output_router_indices, output_recurrence_steps (`bool`,
+                *optional*): Whether the output has these fields.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")

@@ -81,6 +81,14 @@ def test_every_parameter_of_every_expert_gets_a_gradient(training_variant, build
         assert (pieces.flatten(1).abs().amax(dim=1) > 0).all(), name
 
 
+def test_a_single_step_leaves_no_parameter_without_gradient(variant, build_more, build_tokens):
+    """Data-parallel training stops at a parameter that has none, even if the first step has no use for it."""
+    model = build_more(**variant, num_recurrences=1).train()
+    ids = build_tokens(2, 16)
+    model(ids, labels=ids).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
 def test_gradient_checkpointing_changes_nothing(training_variant, build_more, build_tokens):
     model, ids = build_more(**training_variant), build_tokens(3, 20)
     logits, gradients = train_step(model, ids)
