@@ -115,7 +115,8 @@ def write_routing_report(checkpoint: Path, path: Path) -> None:
     """Writes the routes of a held-out story through `checkpoint` as one HTML file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from mixturekit.trainers.routing_report import record_routes, write_report
+    from mixturekit.trainers.routes import record_routes
+    from mixturekit.trainers.routing_report import write_report
     from mixturekit.trainers.text_data import generated_documents
 
     story = next(row for row in generated_documents("validation", num_examples=30) if row["task"] == "babi2")

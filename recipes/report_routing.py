@@ -72,7 +72,8 @@ def load(arguments: ReportArguments):
 
 def report(arguments: ReportArguments) -> None:
     """Load, run, write."""
-    from mixturekit.trainers.routing_report import record_routes, write_load_heatmap, write_report, write_routes_csv
+    from mixturekit.trainers.routes import record_routes, write_routes_csv
+    from mixturekit.trainers.routing_report import write_load_heatmap, write_report
 
     model, tokenizer = load(arguments)
     routes = record_routes(model, tokenizer, arguments.text, num_recurrences=arguments.num_recurrences)

@@ -23,13 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mixturekit.trainers.routing_report import (
-    record_routes,
-    route_links,
-    write_load_heatmap,
-    write_report,
-    write_routes_csv,
-)
+from mixturekit.trainers.routes import record_routes, write_routes_csv
+from mixturekit.trainers.routing_report import route_links, write_load_heatmap, write_report
 
 TEXT = 'The cat sat on the mat while <script>alert("1")</script> ran & slept.\nThe dog, too.'
 RECIPE = Path(__file__).parents[2] / "recipes" / "report_routing.py"
