@@ -102,6 +102,9 @@ def generate_examples(arguments: DataArguments, split: str, seed: int = 0) -> da
         arguments.num_examples if split == "train" else arguments.num_validation_examples,
         arguments.tasks,
         max_facts=arguments.max_facts,
+        num_people=arguments.num_people,
+        num_places=arguments.num_places,
+        num_objects=arguments.num_objects,
         max_digits=arguments.max_digits,
         reverse_answer=True,
     )

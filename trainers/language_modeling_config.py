@@ -77,6 +77,9 @@ class DataArguments:
     num_examples: int = field(default=20_000, metadata={"help": "Training examples of 'generated'."})
     num_validation_examples: int = field(default=300, metadata={"help": "Held-out examples of 'generated'."})
     max_facts: int = field(default=6, metadata={"help": "Facts of the longest generated story."})
+    num_people: int = field(default=2, metadata={"help": "People of the generated stories."})
+    num_places: int = field(default=4, metadata={"help": "Places of the generated stories."})
+    num_objects: int = field(default=2, metadata={"help": "Objects of the generated stories."})
     max_digits: int = field(default=3, metadata={"help": "Digits of the longest generated operand."})
 
 
