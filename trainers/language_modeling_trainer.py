@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..modeling.modeling_more import MoreSparseMoeBlock
 from .language_modeling_card import language_model_card
 from .routing_callback import RoutingCallback
 from .text_data import pad_blocks
@@ -38,6 +40,11 @@ class LanguageModelingTrainer(Trainer):
         if data_collator is None and processing_class is not None:
             data_collator = partial(pad_blocks, pad_token_id=processing_class.pad_token_id)
         super().__init__(*args, data_collator=data_collator, processing_class=processing_class, **kwargs)
+        if self.is_deepspeed_enabled:
+            from deepspeed.utils import set_z3_leaf_modules
+
+            # ZeRO-3 needs the same order of modules on all processes, whose experts may take different steps.
+            set_z3_leaf_modules(self.model, [MoreSparseMoeBlock])
         self._window = _Window()
         self.add_callback(RouterBiasCallback())
         self.add_callback(RoutingCallback(self))
@@ -106,10 +113,12 @@ class LanguageModelingTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         self._window.pause()
         # A step that overflowed shows in its weights before it shows in a loss: never let it become a checkpoint.
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                where = f"{name} has values that are not finite after step {self.state.global_step}"
-                raise FloatingPointError(self._not_finite(where))
+        # Under ZeRO-3 a parameter is empty, and each process has a share of it in `ds_tensor`.
+        shares = {name: getattr(value, "ds_tensor", value) for name, value in self.model.named_parameters()}
+        names = gather_object([name for name, share in shares.items() if not torch.isfinite(share).all()])
+        if names:
+            where = f"{names[0]} has values that are not finite after step {self.state.global_step}"
+            raise FloatingPointError(self._not_finite(where))
         super()._save_checkpoint(model, trial)
 
     def _not_finite(self, what: str) -> str:
