@@ -199,7 +199,7 @@ class MoreRecurrentBlockExperts(MoreExperts):
         norms = (self.attention_output_norm[linear.experts], self.mlp_output_norm[linear.experts])
         constants = (injected, cos, sin, *norms)
         weights = (self.adapter_state, self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj)
-        adapter, *weights = map(linear.cast, weights)
+        adapter, *weights = map(linear.share, weights)
 
         skips_first = self.config.state_initialization == "zeros" and uses_later_steps(context)
 
@@ -254,7 +254,7 @@ class MoreSandwichExperts(MoreExperts):
     def transform(self, rows, linear, context, top_k_index, order):
         """Iterates on sorted rows `(rows, hidden)`; returns the outputs and the steps of each row."""
         update = gru_update if linear.fast else gru_cell
-        gru_hidden, gru_input = linear.cast(self.gru_hidden), linear.cast(self.gru_input)
+        gru_hidden, gru_input = linear.share(self.gru_hidden), linear.share(self.gru_input)
 
         def step(state, linear, active, index):
             return update(linear(state, gru_hidden), linear(state, gru_input), state)
@@ -274,7 +274,7 @@ class MoreParallelExperts(MoreExperts):
 
     def transform(self, rows, linear, context, top_k_index, order):
         """Mixes both branches of sorted rows `(rows, hidden)`; returns the outputs and the steps of each row."""
-        gru_hidden, gru_input = linear.cast(self.gru_hidden), linear.cast(self.gru_input)
+        gru_hidden, gru_input = linear.share(self.gru_hidden), linear.share(self.gru_input)
         projected = linear(rows, gru_input)
 
         def plain_step(state, linear, active, index):
@@ -314,7 +314,7 @@ class MoreRefinementExperts(MoreExperts):
         """Refines the outputs of sorted rows `(rows, hidden)`; returns them and the steps of each row."""
         update = gru_update if linear.fast else gru_cell
         gates = self.update_gate[linear.experts]
-        gru_hidden, gru_input = linear.cast(self.gru_hidden), linear.cast(self.gru_input)
+        gru_hidden, gru_input = linear.share(self.gru_hidden), linear.share(self.gru_input)
 
         def step(state, linear, active, index):
             refined = update(linear(state, gru_hidden), linear(state, gru_input), state)

@@ -52,10 +52,8 @@ class LoopedLinear:
         pieces = [F.linear(piece, expert) for piece, expert in zip(rows.split(self.sizes), weight, strict=True)]
         return torch.cat(pieces)
 
-    def cast(self, weight: torch.Tensor) -> torch.Tensor:
-        """`weight` as the products take it, for a loop to look it up and cast it once instead of in every step."""
-        if torch.is_autocast_enabled(weight.device.type):
-            return weight.to(torch.get_autocast_dtype(weight.device.type))
+    def share(self, weight: torch.Tensor) -> "torch.Tensor | SharedWeight":
+        """`weight` for a loop that multiplies by it in every step."""
         return weight
 
     def select(self, index: torch.Tensor) -> "LoopedLinear":
@@ -71,15 +69,89 @@ class GroupedLinear(LoopedLinear):
     def __init__(self, experts: torch.Tensor, num_experts: int):
         self.experts = experts
         self.num_experts = num_experts
-        boundaries = torch.arange(num_experts, device=experts.device)
-        self.offsets = torch.searchsorted(experts, boundaries, right=True).to(torch.int32)
+        self.offsets = _group_ends(experts, num_experts)
 
-    def __call__(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        # The grouped kernels are not known to autocast, which would leave experts in float32 under bf16 training.
-        rows, weight = self.cast(rows), self.cast(weight)
-        if not _has_grouped_kernel(weight):
-            return torch.ops.transformers.grouped_mm_fallback(rows, weight.transpose(1, 2), self.offsets)
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=self.offsets)
+    def __call__(self, rows: torch.Tensor, weight: "torch.Tensor | SharedWeight") -> torch.Tensor:
+        if isinstance(weight, SharedWeight):
+            if torch.is_grad_enabled():
+                weight.add_use()
+                return _SharedProduct.apply(_autocast(rows), weight.weight, self, weight)
+            weight = weight.weight
+        return _grouped_product(_autocast(rows), _autocast(weight), self.offsets)
+
+    def share(self, weight: torch.Tensor) -> "torch.Tensor | SharedWeight":
+        """`weight`, cast once for all steps, whose gradient is computed once for all steps, too."""
+        weight = _autocast(weight)
+        trained = torch.is_grad_enabled() and weight.requires_grad
+        if not trained or torch.compiler.is_compiling() or not _has_grouped_kernel(weight):
+            return weight
+        return SharedWeight(weight, self.num_experts)
+
+
+class SharedWeight:
+    """A weight of several products, the gradients of which wait for each other.
+
+    Step by step, each product would write a gradient of the weight's full size, and each but the first would be added
+    to the last: for wide experts that is more memory traffic than the products themselves. Here the rows of all steps
+    go into one product.
+    """
+
+    def __init__(self, weight: torch.Tensor, num_experts: int):
+        self.weight = weight
+        self.num_experts = num_experts
+        self.uses = self.waiting = 0
+        self.pending: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def add_use(self):
+        """Counts a product whose backward pass has to come before the gradient is complete."""
+        self.uses += 1
+        self.waiting += 1
+
+    def add_gradient(self, experts: torch.Tensor, rows: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
+        """Takes what one product contributes; returns the weight's gradient once it is the last, else `None`."""
+        self.pending.append((experts, rows, grad))
+        self.waiting -= 1
+        if self.waiting > 0:
+            return None
+        experts, rows, grad = (torch.cat(pieces) for pieces in zip(*self.pending, strict=True))
+        # Ready for a second backward pass through a graph that was retained.
+        self.pending, self.waiting = [], self.uses
+        order = experts.argsort(stable=True)
+        ends = _group_ends(experts[order], self.num_experts)
+        return F.grouped_mm(grad.index_select(0, order).t(), rows.index_select(0, order), offs=ends)
+
+
+class _SharedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, weight, linear, shared):
+        ctx.save_for_backward(rows, weight)
+        ctx.linear, ctx.shared = linear, shared
+        return _grouped_product(rows, weight, linear.offsets)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight = ctx.saved_tensors
+        grad_rows = _grouped_product(grad, weight.transpose(1, 2), ctx.linear.offsets)
+        return grad_rows, ctx.shared.add_gradient(ctx.linear.experts, rows, grad), None, None
+
+
+def _autocast(tensor: torch.Tensor) -> torch.Tensor:
+    # The grouped kernels are not known to autocast, which would leave experts in float32 under bf16 training.
+    if torch.is_autocast_enabled(tensor.device.type):
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    return tensor
+
+
+def _group_ends(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
+    boundaries = torch.arange(num_experts, device=experts.device)
+    return torch.searchsorted(experts, boundaries, right=True).to(torch.int32)
+
+
+def _grouped_product(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows `(rows, in)` times their experts' weights `(experts, out, in)`, `(rows, out)`."""
+    if not _has_grouped_kernel(weight):
+        return torch.ops.transformers.grouped_mm_fallback(rows, weight.transpose(1, 2), ends)
+    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
 
 def _has_grouped_kernel(weight: torch.Tensor) -> bool:
