@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,10 @@ class LanguageModelingTrainer(Trainer):
 
             # ZeRO-3 needs the same order of modules on all processes, whose experts may take different steps.
             set_z3_leaf_modules(self.model, [MoreSparseMoeBlock])
+        if self.accelerator.is_fsdp2 and (plugin := self.accelerator.state.fsdp_plugin).mixed_precision_policy:
+            # The default rounds losses, and the number of labels that they are divided by, to bfloat16's three digits.
+            exact = {"output_dtype": None, "cast_forward_inputs": False}
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **exact)
         self._window = _Window()
         self.add_callback(RouterBiasCallback())
         self.add_callback(RoutingCallback(self))
