@@ -138,7 +138,9 @@ def uses_later_steps(context: ExpertContext) -> bool:
 
     A parameter without any gradient would stop data-parallel training, so a single step computes with zeros instead.
     """
-    return context.options.num_recurrences > 1 or not torch.is_grad_enabled()
+    options = context.options
+    may_stop_at_first = options.num_recurrences == 1 or (options.exit_threshold > 0 and options.min_recurrences == 1)
+    return not (may_stop_at_first and torch.is_grad_enabled())
 
 
 class MoreFeedForwardExperts(MoreExperts):

@@ -199,7 +199,10 @@ def train_language_model(
     """
     checkpoint = check_output_dir(config)
     load_config(model_arguments)
-    tokenizer, train, validation = load_data(data_arguments, model_arguments.model_name_or_path, config.data_seed or 0)
+    # The other processes then find the tokens in the cache.
+    with config.main_process_first(desc="loading the data"):
+        data = load_data(data_arguments, model_arguments.model_name_or_path, config.data_seed or 0)
+    tokenizer, train, validation = data
     torch.manual_seed(config.seed)
     model = load_model(model_arguments, tokenizer, data_arguments.vocab_size)
     if checkpoint:

@@ -81,9 +81,16 @@ def test_every_parameter_of_every_expert_gets_a_gradient(training_variant, build
         assert (pieces.flatten(1).abs().amax(dim=1) > 0).all(), name
 
 
-def test_a_single_step_leaves_no_parameter_without_gradient(variant, build_more, build_tokens):
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"num_recurrences": 1}, id="one_step"),
+        pytest.param({"num_recurrences": 3, "exit_threshold": 1e9}, id="all_leave_after_the_first"),
+    ],
+)
+def test_a_single_step_leaves_no_parameter_without_gradient(options, variant, build_more, build_tokens):
     """Data-parallel training stops at a parameter that has none, even if the first step has no use for it."""
-    model = build_more(**variant, num_recurrences=1).train()
+    model = build_more(**variant, **options).train()
     ids = build_tokens(2, 16)
     model(ids, labels=ids).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
