@@ -394,14 +394,13 @@ class MoreForCausalLM(MorePreTrainedModel, GenerationMixin):
         return balanced or self.config.router_z_loss_coef > 0
 
     def _language_modelling_loss(self, hidden_states, logits, targets, chunked):
-        if logits is not None and logits.shape[:2] == targets.shape:
-            return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-        if not chunked:
+        if logits is None or logits.shape[:2] != targets.shape:
+            if chunked:
+                return linear_cross_entropy(
+                    hidden_states.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.loss_chunk_size
+                )
             logits = self.lm_head(hidden_states)
-            return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-        return linear_cross_entropy(
-            hidden_states.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.loss_chunk_size
-        )
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
 
     def _router_losses(self, outputs, mask, targets, total):
         """Balancing loss and z-loss, averaged over layers and over sequences by their share of the labels."""
