@@ -24,10 +24,11 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(arguments.output_dir)
     train_side_by_side(folder, ["--max_steps", str(arguments.max_steps)] if arguments.max_steps else [])
-    results = {variant: answer(folder / variant) for variant in VARIANTS}
+    examples = held_out()
+    results = {variant: answer(folder / variant, examples) for variant in VARIANTS}
     (folder / "accuracy.json").write_text(json.dumps(results, indent=2))
     print_table(results)
-    write_routing_report(folder / VARIANTS[-1], folder / "routing.html")
+    write_routing_report(folder / VARIANTS[-1], examples, folder / "routing.html")
     print(f"Routing of a held-out story: {folder / 'routing.html'} (opens in a browser, needs no network)")
     print(f"Accuracies: {folder / 'accuracy.json'}; checkpoints: {', '.join(str(folder / name) for name in results)}")
 
@@ -58,38 +59,49 @@ def train_side_by_side(folder: Path, options: list[str]) -> None:
             sys.exit(f"Training {variant} failed; see the lines above and {folder}/*.log.")
 
 
-def answer(checkpoint: Path) -> dict:
+def held_out():
+    """The quickstart's held-out stories and sums."""
+    from mixturekit.trainers.language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
+    from mixturekit.trainers.recipe_parser import parse_recipe
+    from mixturekit.trainers.task_data import mix_examples, parse_task_weights
+
+    quickstart = ["--config", str(RECIPES / "more/quickstart.yaml")]
+    _, data, _ = parse_recipe((ModelArguments, DataArguments, LanguageModelingConfig), quickstart)
+    return mix_examples(parse_task_weights(data.task), data, "validation", data.num_validation_examples)
+
+
+def answer(checkpoint: Path, examples: list) -> dict:
     """Held-out accuracy of `checkpoint` by recurrences and task."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from mixturekit.trainers.language_evaluation import answer_accuracy
-    from mixturekit.trainers.language_modeling import generate_examples
-    from mixturekit.trainers.language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
-    from mixturekit.trainers.recipe_parser import parse_recipe
-    from mixturekit.trainers.text_data import AnswerDataset
+    from mixturekit.trainers.question_answering import QuestionAnswerer
 
-    quickstart = ["--config", str(RECIPES / "more/quickstart.yaml")]
-    _, data_arguments, _ = parse_recipe((ModelArguments, DataArguments, LanguageModelingConfig), quickstart)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    rows = generate_examples(data_arguments, "validation")
-    held_out = AnswerDataset(zip(rows["prompt"], rows["answer"], strict=True), tokenizer)
-    accuracy = {
-        steps: answer_accuracy(model, held_out, rows["task"], tokenizer.pad_token_id, steps)
-        for steps in (RECURRENCES if model.config.is_recurrent else (1,))
-    }
-    return {"parameters": model.num_parameters(), "accuracy": accuracy, "guess": guess(rows)}
+    accuracy = {}
+    for steps in RECURRENCES if model.config.is_recurrent else (1,):
+        answerer = QuestionAnswerer(model, tokenizer, num_recurrences=steps)
+        batches = (examples[start : start + 64] for start in range(0, len(examples), 64))
+        answers = [answered for batch in batches for answered in answerer(batch)]
+        accuracy[steps] = shares([(answered.example.task, answered.is_correct) for answered in answers])
+    return {"parameters": model.num_parameters(), "accuracy": accuracy, "guess": guess(examples)}
 
 
-def guess(rows) -> dict[str, float]:
+def shares(results: list[tuple[str, bool]]) -> dict[str, float]:
+    """The share of right answers by task."""
+    by_task = {task: [right for name, right in results if name == task] for task in TASKS}
+    return {task: sum(rights) / len(rights) for task, rights in by_task.items()}
+
+
+def guess(examples: list) -> dict[str, float]:
     """Accuracy of naming the last place of a two-fact story, the first of a three-fact story, and no sum."""
     from mixturekit.trainers.babi import PLACES
 
-    right: dict[str, list[bool]] = {task: [] for task in TASKS}
-    for row in rows:
-        named = [word.strip(".?") for word in row["prompt"].split() if word.strip(".?") in PLACES]
-        guessed = {"babi2": named[-1:], "babi3": named[:1], "addition": []}[row["task"]]
-        right[row["task"]].append(guessed == [row["answer"].strip()])
-    return {task: sum(hits) / len(hits) for task, hits in right.items()}
+    results = []
+    for example in examples:
+        named = [word.strip(".?") for word in example.prompt.split() if word.strip(".?") in PLACES]
+        guessed = {"babi2": named[-1:], "babi3": named[:1], "addition": []}[example.task]
+        results.append((example.task, guessed == [example.answer.strip()]))
+    return shares(results)
 
 
 def print_table(results: dict) -> None:
@@ -111,17 +123,16 @@ def print_table(results: dict) -> None:
     Console().print(table)
 
 
-def write_routing_report(checkpoint: Path, path: Path) -> None:
+def write_routing_report(checkpoint: Path, examples: list, path: Path) -> None:
     """Writes the routes of a held-out story through `checkpoint` as one HTML file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from mixturekit.trainers.routes import record_routes
     from mixturekit.trainers.routing_report import write_report
-    from mixturekit.trainers.text_data import generated_documents
 
-    story = next(row for row in generated_documents("validation", num_examples=30) if row["task"] == "babi2")
+    story = next(example for example in examples if example.task == "babi2")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    write_report(record_routes(model, tokenizer, story["prompt"] + story["answer"]), path)
+    write_report(record_routes(model, tokenizer, story.prompt + story.answer), path)
 
 
 if __name__ == "__main__":

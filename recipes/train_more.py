@@ -4,6 +4,7 @@ accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/trai
     --config recipes/more/quickstart.yaml --expert_type more_c --output_dir out
 """
 
+import atexit
 import sys
 
 
@@ -14,8 +15,12 @@ def main() -> None:
 
     try:
         arguments = parse_recipe((ModelArguments, DataArguments, LanguageModelingConfig), description=__doc__)
+        from accelerate import PartialState
+
         from mixturekit.trainers.language_modeling import train_language_model
 
+        # Gloo's threads now and then abort a process that exits within its group.
+        atexit.register(lambda: PartialState().destroy_process_group())
         metrics = train_language_model(*arguments)
     except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .metrics.answer_accuracy import whole_number
 from .splits import check_split, split_of
 
 SYMBOLS = {"addition": "+", "subtraction": "-", "multiplication": "*"}
@@ -73,11 +74,8 @@ def parse_answer(text: str, reverse_answer: bool = False) -> int | None:
 
     `reverse_answer` says that the least significant digit comes first.
     """
-    digits = text.strip().partition("\n")[0].replace(" ", "")
-    # int() alone would also take "1_000", "+5" and digits of other scripts.
-    if not (digits.isascii() and digits.isdecimal()):
-        return None
-    return int(digits[::-1] if reverse_answer else digits)
+    line = text.strip().partition("\n")[0]
+    return whole_number(line[::-1] if reverse_answer else line)
 
 
 def generate_problems(
@@ -88,6 +86,7 @@ def generate_problems(
     *,
     min_digits: int = 1,
     max_digits: int = 3,
+    at_most: bool = False,
 ) -> list[ArithmeticProblem]:
     """
     Generate distinct problems. Each operand's number of digits is drawn first, all lengths being equally likely, so
@@ -103,6 +102,7 @@ def generate_problems(
         seed (`int`, *optional*, defaults to `0`): The same seed gives the same problems on every machine.
         min_digits (`int`, *optional*, defaults to `1`): Digits of the shortest operand.
         max_digits (`int`, *optional*, defaults to `3`): Digits of the longest operand.
+        at_most (`bool`, *optional*, defaults to `False`): Returns all problems there are where these are fewer.
 
     Returns:
         `list[ArithmeticProblem]`: `num_problems` problems, no two of them equal.
@@ -130,7 +130,7 @@ def generate_problems(
         if split_of(f"{larger} {smaller}") == split:
             pair = (larger, smaller) if operation == "subtraction" else (left, right)
             problems[ArithmeticProblem(operation, *pair)] = None
-    if len(problems) < num_problems:
+    if len(problems) < num_problems and not at_most:
         raise ValueError(
             f"num_problems is {num_problems}: split {split!r} has only {len(problems)} distinct problems of "
             f"{operation} with {min_digits} to {max_digits} digits, so ask for fewer or raise max_digits."

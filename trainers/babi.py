@@ -10,6 +10,7 @@ and the numbers of the sentences that it follows from:
 
 import itertools
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 from .splits import check_split, split_of
 
-TASKS = ("babi2", "babi3")
+GENERATED_TASKS = ("babi2", "babi3")
 
 PEOPLE = ("Mary", "Sandra", "John", "Daniel", "Bill", "Fred", "Jeff", "Julie")
 PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office", "cellar", "garage")
@@ -109,6 +110,62 @@ def _parse_question(content: str, facts: list[str], fact_of_line: dict[int, int]
     return BabiQuestion(tuple(facts), question, answer, tuple(fact_of_line[int(line)] for line in lines.split()))
 
 
+def split_stories(
+    questions: Sequence[BabiQuestion], held_out_fraction: float
+) -> tuple[list[BabiQuestion], list[BabiQuestion]]:
+    """
+    Hold out the last questions, cut between two stories.
+
+    Returns:
+        `tuple[list[BabiQuestion], list[BabiQuestion]]`: The questions to train on and those held out.
+    """
+    cut = round(len(questions) * (1.0 - held_out_fraction))
+    while cut > 0 and _same_story(questions[cut - 1], questions[cut]):
+        cut -= 1
+    if cut == 0:
+        raise ValueError(f"The {len(questions)} questions are of one story, so none can be held out.")
+    return list(questions[:cut]), list(questions[cut:])
+
+
+def _same_story(earlier: BabiQuestion, later: BabiQuestion) -> bool:
+    return later.facts[: len(earlier.facts)] == earlier.facts
+
+
+def rename_entities(questions: Sequence[BabiQuestion], num_renamings: int, seed: int = 0) -> list[BabiQuestion]:
+    """
+    Copies of questions in which the people, the places and the objects have changed names among themselves. A story
+    keeps its truth, because the rules of this world are the same for all of them.
+
+    Args:
+        questions (`Sequence[BabiQuestion]`): The questions; names that do not occur in them are not used.
+        num_renamings (`int`): Copies of each question.
+        seed (`int`, *optional*, defaults to `0`): The same seed gives the same names on every machine.
+    """
+    words = {word for question in questions for text in (*question.facts, question.answer) for word in _words(text)}
+    kinds = [[name for name in kind if name in words] for kind in (PEOPLE, PLACES, OBJECTS)]
+    rng = random.Random(f"names {seed}")
+    copies = []
+    for question in questions:
+        for _ in range(num_renamings):
+            names = {old: new for kind in kinds for old, new in zip(kind, _shuffled(rng, kind), strict=True)}
+
+            def rename(text: str, names: dict[str, str] = names) -> str:
+                return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), text)
+
+            facts = tuple(map(rename, question.facts))
+            copies.append(BabiQuestion(facts, rename(question.question), rename(question.answer), question.supporting))
+    return copies
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
+
+
+def _shuffled(rng: random.Random, items: Sequence[str]) -> list[str]:
+    # Of all methods of Random, Python promises the same numbers in every version for random() alone.
+    return sorted(items, key=lambda _: rng.random())
+
+
 def write_babi(questions: Iterable[BabiQuestion], path: str | Path) -> None:
     """
     Write questions in the original format; `read_babi` gives them back.
@@ -174,8 +231,8 @@ def generate_stories(
         `list[BabiQuestion]`: `num_questions` questions.
     """
     check_split(split)
-    if task not in TASKS:
-        raise ValueError(f"task is {task!r}: choose one of {', '.join(TASKS)}.")
+    if task not in GENERATED_TASKS:
+        raise ValueError(f"task is {task!r}: choose one of {', '.join(GENERATED_TASKS)}.")
     _check_range("num_people", num_people, 1, len(PEOPLE))
     _check_range("num_places", num_places, 2, len(PLACES))
     _check_range("num_objects", num_objects, 1, len(OBJECTS))

@@ -4,7 +4,6 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-import datasets
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
@@ -12,16 +11,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..modeling import MoreConfig, MoreForCausalLM
 from .language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
 from .language_modeling_trainer import LanguageModelingTrainer
-from .text_data import (
-    GENERATED,
-    AnswerDataset,
-    PackedTokens,
-    generated_documents,
-    load_tokenizer,
-    load_train_and_validation,
-    tokenize_documents,
-    train_tokenizer,
-)
+from .task_data import GENERATED, mix_examples, parse_task_weights, save_task_arguments
+from .text_data import load_train_and_validation
+from .token_datasets import AnswerDataset, PackedTokens
+from .tokenization import load_tokenizer, tokenize_documents, train_tokenizer
 
 # A checkpoint and a resumed run must agree on these.
 _SHAPE_FIELDS = (
@@ -76,43 +69,36 @@ def load_data(
         raise ValueError(f"--train_tokenizer would replace the tokenizer of {named}; leave out one of them.")
     if not arguments.train_tokenizer and not named:
         raise ValueError("No tokenizer: name one with --tokenizer_name_or_path, or train one with --train_tokenizer.")
-    generated = arguments.dataset_name == GENERATED
-    if generated:
-        train, validation = (
-            generate_examples(arguments, "train", seed),
-            generate_examples(arguments, "validation", seed),
-        )
-    else:
-        train, validation = load_train_and_validation(
-            arguments.dataset_name, arguments.dataset_config, arguments.text_column, arguments.validation_fraction
-        )
-    tokenizer = load_tokenizer(named) if named else _train_tokenizer(arguments, train)
-    if generated:
-        pairs = ([(row["prompt"], row["answer"]) for row in rows] for rows in (train, validation))
-        return tokenizer, *(AnswerDataset(part, tokenizer, arguments.sequence_length) for part in pairs)
+    if arguments.dataset_name == GENERATED:
+        return _load_tasks(arguments, named, seed)
+    train, validation = load_train_and_validation(
+        arguments.dataset_name, arguments.dataset_config, arguments.text_column, arguments.validation_fraction
+    )
+    tokenizer = (
+        load_tokenizer(named)
+        if named
+        else train_tokenizer(train, arguments.vocab_size or 8192, arguments.tokenizer_unit)
+    )
     tokens = (tokenize_documents(rows, tokenizer, arguments.preprocessing_num_workers) for rows in (train, validation))
     return tokenizer, *(PackedTokens(part, arguments.sequence_length) for part in tokens)
 
 
-def generate_examples(arguments: DataArguments, split: str, seed: int = 0) -> datasets.Dataset:
-    """The built-in stories and sums of `split`, `"train"` or `"validation"`, as rows of task, prompt and answer."""
-    return generated_documents(
-        split,
-        seed,
-        arguments.num_examples if split == "train" else arguments.num_validation_examples,
-        arguments.tasks,
-        max_facts=arguments.max_facts,
-        num_people=arguments.num_people,
-        num_places=arguments.num_places,
-        num_objects=arguments.num_objects,
-        max_digits=arguments.max_digits,
-        reverse_answer=True,
+def _load_tasks(arguments: DataArguments, tokenizer_name: str | None, seed: int):
+    weights = parse_task_weights(arguments.task)
+    facts, renamings = arguments.supporting_facts, arguments.num_renamings
+    train = mix_examples(
+        weights, arguments, "train", arguments.num_examples, seed, supporting_facts=facts, num_renamings=renamings
     )
-
-
-def _train_tokenizer(arguments: DataArguments, train: datasets.Dataset) -> PreTrainedTokenizerBase:
-    texts = train if "text" in train.column_names else (row["prompt"] + row["answer"] for row in train)
-    return train_tokenizer(texts, arguments.vocab_size or 8192)
+    validation = mix_examples(
+        weights, arguments, "validation", arguments.num_validation_examples, seed, supporting_facts=facts
+    )
+    if tokenizer_name:
+        tokenizer = load_tokenizer(tokenizer_name)
+    else:
+        # Apart, as they are encoded: a token must not reach from a prompt into its answer.
+        texts = (text for row in train for text in (row.prompt, row.answer, row.explanation))
+        tokenizer = train_tokenizer(texts, arguments.vocab_size or 8192, arguments.tokenizer_unit)
+    return tokenizer, *(AnswerDataset(part, tokenizer, arguments.sequence_length) for part in (train, validation))
 
 
 def load_model(
@@ -217,6 +203,8 @@ def train_language_model(
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
+    if trainer.is_world_process_zero():
+        save_task_arguments(data_arguments, data_arguments.sequence_length, config.output_dir)
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()
     metrics["parameters"] = model.num_parameters()

@@ -7,7 +7,7 @@ from transformers import TrainerState, TrainingArguments
 
 from ..hub_cards import render_model_card
 from ..modeling import MoreForCausalLM
-from .text_data import GENERATED
+from .task_data import GENERATED
 
 EXPERT_KINDS = {
     "base": "gated feed-forward",

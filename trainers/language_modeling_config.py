@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .recipe_parser import RepeatableOption
+from .task_data import DEFAULT_TASKS, TaskArguments
+
 
 @dataclass
 class ModelArguments:
@@ -49,12 +52,12 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """The text, its tokenizer, and how it is cut into sequences."""
+class DataArguments(TaskArguments):
+    """The text or the tasks, the tokenizer, and how both are cut into sequences."""
 
     dataset_name: str = field(
         default="generated",
-        metadata={"help": "Hub id, local file or folder, or 'generated' for the built-in stories and sums."},
+        metadata={"help": "Text: Hub id, local file or folder; or 'generated' for stories and sums, see --task."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
@@ -66,21 +69,30 @@ class DataArguments:
     train_tokenizer: bool = field(
         default=False, metadata={"help": "Trains a byte-level BPE tokenizer on the training documents."}
     )
+    tokenizer_unit: str = field(
+        default="word", metadata={"help": "What a token of the trained tokenizer never crosses: word or line."}
+    )
     vocab_size: int | None = field(
         default=None, metadata={"help": "Vocabulary of the trained tokenizer, and of a new model."}
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    tasks: list[str] = field(
-        default_factory=lambda: ["babi2", "babi3", "addition"],
-        metadata={"help": "Of 'generated': babi2, babi3, addition, subtraction, multiplication."},
+    task: list[str] = field(
+        default_factory=lambda: list(DEFAULT_TASKS),
+        metadata={
+            "help": "Of 'generated': babi1 to babi20, addition, subtraction, multiplication, or arithmetic for these "
+            "three; 'babi2:3' gives a task three shares. May be repeated.",
+            "action": RepeatableOption,
+        },
     )
-    num_examples: int = field(default=20_000, metadata={"help": "Training examples of 'generated'."})
-    num_validation_examples: int = field(default=300, metadata={"help": "Held-out examples of 'generated'."})
-    max_facts: int = field(default=6, metadata={"help": "Facts of the longest generated story."})
-    num_people: int = field(default=2, metadata={"help": "People of the generated stories."})
-    num_places: int = field(default=4, metadata={"help": "Places of the generated stories."})
-    num_objects: int = field(default=2, metadata={"help": "Objects of the generated stories."})
-    max_digits: int = field(default=3, metadata={"help": "Digits of the longest generated operand."})
+    supporting_facts: bool = field(
+        default=False,
+        metadata={"help": "Whether answers to stories go on with the facts that they follow from."},
+    )
+    num_renamings: int = field(
+        default=0, metadata={"help": "Copies of each training story in which people, places and objects swap names."}
+    )
+    num_examples: int = field(default=20_000, metadata={"help": "Training examples of all generated tasks."})
+    num_validation_examples: int = field(default=300, metadata={"help": "Held-out examples of all generated tasks."})
 
 
 @dataclass

@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..modeling.modeling_more import MoreSparseMoeBlock
 from .language_modeling_card import language_model_card
 from .routing_callback import RoutingCallback
-from .text_data import pad_blocks
+from .token_datasets import pad_blocks
 
 
 class RouterBiasCallback(TrainerCallback):

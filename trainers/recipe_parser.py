@@ -1,14 +1,31 @@
 """Arguments of a recipe: a YAML file, and options that override it."""
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import yaml
 from transformers import HfArgumentParser
 
 
+class RepeatableOption(argparse.Action):
+    """
+    A list option that may be given several times: `--task babi2 --task arithmetic` is `--task babi2 arithmetic`. Give
+    it as `"action"` in the metadata of a field; unlike argparse's `extend`, what is given replaces the default.
+    """
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Collects the values of one more occurrence."""
+        given = vars(namespace).setdefault("_given", {})
+        given.setdefault(self.dest, []).extend(values)
+        setattr(namespace, self.dest, given[self.dest])
+
+
 def parse_recipe(
-    dataclass_types: Sequence[type], arguments: Sequence[str] | None = None, description: str | None = None
+    dataclass_types: Sequence[type],
+    arguments: Sequence[str] | None = None,
+    description: str | None = None,
+    defaults: Mapping | None = None,
 ) -> tuple:
     """Fills the dataclasses from `--config FILE` and the options after it, which win.
 
@@ -16,6 +33,7 @@ def parse_recipe(
         dataclass_types (`Sequence[type]`): Dataclasses, as for `HfArgumentParser`.
         arguments (`Sequence[str]`, *optional*): The command line; that of the process if unset.
         description (`str`, *optional*): Text of `--help`.
+        defaults (`Mapping`, *optional*): Values that replace the defaults of the dataclasses.
 
     Returns:
         One instance of each dataclass.
@@ -26,6 +44,7 @@ def parse_recipe(
     """
     parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options.")
+    parser.set_defaults(**(defaults or {}))
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     path = _config_path(arguments)
     if path is not None:

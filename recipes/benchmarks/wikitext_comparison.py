@@ -68,7 +68,8 @@ def read_run(name: str, folder: Path) -> dict:
 
 def token_streams(dataset_name: str, checkpoint: Path) -> tuple[list[int], list[int]]:
     """The tokens that the runs trained on and were judged on."""
-    from mixturekit.trainers.text_data import load_tokenizer, load_train_and_validation, tokenize_documents
+    from mixturekit.trainers.text_data import load_train_and_validation
+    from mixturekit.trainers.tokenization import load_tokenizer, tokenize_documents
 
     tokenizer = load_tokenizer(str(checkpoint))
     return tuple(

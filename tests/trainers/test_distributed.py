@@ -72,7 +72,7 @@ def launch(configuration, lines, folder, processes=2):
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", CONFIGURATIONS / f"{configuration}.yaml", "--num_processes", processes]
     command += ["--mixed_precision", "no", "--main_process_port", 0, __file__, configuration, folder / "lines.json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     launcher = subprocess.Popen(list(map(str, command)), env=environment, **pipes)
     try:
