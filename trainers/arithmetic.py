@@ -5,7 +5,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .metrics.answer_accuracy import whole_number
 from .splits import check_split, split_of
 
 SYMBOLS = {"addition": "+", "subtraction": "-", "multiplication": "*"}
@@ -74,8 +73,11 @@ def parse_answer(text: str, reverse_answer: bool = False) -> int | None:
 
     `reverse_answer` says that the least significant digit comes first.
     """
-    line = text.strip().partition("\n")[0]
-    return whole_number(line[::-1] if reverse_answer else line)
+    digits = text.strip().partition("\n")[0].replace(" ", "")
+    # int() alone would also take "1_000", "+5" and digits of other scripts.
+    if not (digits.isascii() and digits.isdecimal()):
+        return None
+    return int(digits[::-1] if reverse_answer else digits)
 
 
 def generate_problems(

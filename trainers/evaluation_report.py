@@ -152,9 +152,10 @@ def update_model_card(report: dict, folder: str | Path) -> list[Path]:
     card.text = _without_section(card.text) + _section(records, report)
     card.save(path)
     entries = [entry for record in records if (entry := _hub_entry(record, report))]
-    if not entries:
-        return [path]
     results = Path(folder, ".eval_results", "mixturekit.yaml")
+    if not entries:
+        results.unlink(missing_ok=True)
+        return [path]
     results.parent.mkdir(exist_ok=True)
     results.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
     return [path, results]
@@ -162,8 +163,10 @@ def update_model_card(report: dict, folder: str | Path) -> list[Path]:
 
 def _source(record: dict, report: dict) -> tuple[str, str]:
     """What the Hub calls the data of a record, and its name for people."""
-    if record["task"] in ("perplexity", "generation"):
-        name = report["settings"]["dataset_name"] or "prompts"
+    if record["task"] == "generation":
+        return "local", "prompts"
+    if record["task"] == "perplexity":
+        name = report["settings"]["dataset_name"]
     elif record["task"] in BABI_TASKS and report["tasks"]["babi_data"] != GENERATED:
         name = report["tasks"]["babi_data"]
     else:

@@ -30,7 +30,7 @@ from .routes import record_routes
 from .routing_report import write_report
 from .task_data import BABI_TASKS, TaskArguments, TaskExample, arithmetic_example, load_examples
 from .text_data import dataset_splits, load_documents, split_documents
-from .tokenization import encode_answers, load_tokenizer
+from .tokenization import encode_answers, encode_prompts, load_tokenizer
 
 PROMPTS = (
     "The history of the town",
@@ -79,9 +79,7 @@ def load_evaluation_data(arguments: EvaluationArguments, task_arguments: TaskArg
                     data.sums[operation, digits] = _load_sums(operation, digits, arguments, task_arguments)
     if arguments.num_shots:
         for task in {*data.questions, *(operation for operation, _ in data.sums)}:
-            many = load_examples(task, task_arguments, "train", 50 * arguments.num_shots, arguments.seed)
-            solved = random.Random(f"{task} {arguments.seed}").sample(many, arguments.num_shots)
-            data.shots[task] = few_shot_prefix(solved)
+            data.shots[task] = _load_shots(task, arguments, task_arguments)
     if arguments.dataset_name is not None:
         data.texts = _load_texts(arguments)
     if "generation" in arguments.tasks:
@@ -95,16 +93,22 @@ def load_evaluation_data(arguments: EvaluationArguments, task_arguments: TaskArg
 def _load_sums(
     operation: str, digits: int, arguments: EvaluationArguments, task_arguments: TaskArguments
 ) -> list[TaskExample]:
-    problems = generate_problems(
-        operation,
-        arguments.num_problems,
-        arguments.split,
-        arguments.seed,
-        min_digits=digits,
-        max_digits=digits,
-        at_most=True,
-    )
+    length = {"min_digits": digits, "max_digits": digits, "at_most": True}
+    problems = generate_problems(operation, arguments.num_problems, arguments.split, arguments.seed, **length)
     return [arithmetic_example(problem, task_arguments) for problem in problems]
+
+
+def _load_shots(task: str, arguments: EvaluationArguments, task_arguments: TaskArguments) -> str:
+    wanted, seed = arguments.num_shots, arguments.seed
+    if task in SYMBOLS:
+        length = {"max_digits": task_arguments.max_digits, "at_most": True}
+        problems = generate_problems(task, 50 * wanted, "train", seed, **length)
+        many = [arithmetic_example(problem, task_arguments) for problem in problems]
+    else:
+        many = load_examples(task, task_arguments, "train", 50 * wanted, seed)
+    if len(many) < wanted:
+        raise ValueError(f"num_shots is {wanted}: there are only {len(many)} examples of {task} to train on.")
+    return few_shot_prefix(random.Random(f"{task} {seed}").sample(many, wanted))
 
 
 def _load_texts(arguments: EvaluationArguments) -> list[str]:
@@ -131,7 +135,7 @@ def load_evaluated_model(arguments: EvaluationArguments) -> tuple[PreTrainedMode
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from error
     return model.to(PartialState(cpu=arguments.use_cpu).device).eval(), tokenizer
 
@@ -249,7 +253,8 @@ class LanguageModelEvaluation:
             shots=self.data.shots.get(task, ""),
             candidates=candidates,
             reverse_answer=self.task_arguments.reverse_answer,
-            with_routes=log is not None and log.is_open,
+            # Only the main process has a file open, but all of them answer what goes into it.
+            with_routes=log is not None and self.arguments.csv is not None,
             # An answer that goes on must be seen to go on.
             max_new_tokens=longest + 1,
         )
@@ -265,16 +270,19 @@ class LanguageModelEvaluation:
         return answers
 
     def _generation(self, depth: int | None, log: AnswerLog | None) -> list[dict]:
-        options = self.arguments
         samples = self._continue(depth)
         texts = [sample["continuation"] for sample in samples]
         self.samples += samples
         shared = {"task": "generation", "num_recurrences": depth}
         figures = text_diversity(texts)
         records = [{**shared, "metric": name, "value": value, "count": len(texts)} for name, value in figures.items()]
-        if self.data.texts:
-            limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-            length = min(_LENGTHS * options.sequence_length, limit or _LENGTHS * options.sequence_length)
+        return records + (self._by_position(depth) if self.data.texts else [])
+
+    def _by_position(self, depth: int | None) -> list[dict]:
+        options = self.arguments
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        length = min(_LENGTHS * options.sequence_length, limit or _LENGTHS * options.sequence_length)
+        try:
             buckets = perplexity_by_position(
                 self.model,
                 self.tokenizer,
@@ -284,18 +292,22 @@ class LanguageModelEvaluation:
                 batch_size=max(1, options.batch_size // _LENGTHS),
                 num_recurrences=depth,
             )
-            records += [
-                {
-                    **shared,
-                    "metric": f"perplexity_{bucket['first']}_to_{bucket['last']}",
-                    "value": bucket["perplexity"],
-                    "count": bucket["tokens"],
-                    "position": bucket["last"],
-                    "in_range": bucket["last"] <= options.sequence_length,
-                }
-                for bucket in buckets
-            ]
-        return records
+        except ValueError as error:
+            # A text that is too short for this has a perplexity all the same.
+            self._say(str(error))
+            return []
+        return [
+            {
+                "task": "generation",
+                "num_recurrences": depth,
+                "metric": f"perplexity_{bucket['first']}_to_{bucket['last']}",
+                "value": bucket["perplexity"],
+                "count": bucket["tokens"],
+                "position": bucket["last"],
+                "in_range": bucket["last"] <= options.sequence_length,
+            }
+            for bucket in buckets
+        ]
 
     def _continue(self, depth: int | None) -> list[dict]:
         """Samples of every prompt, one prompt at a time, so that no sample depends on the padding of another."""
@@ -307,7 +319,7 @@ class LanguageModelEvaluation:
         torch.manual_seed(options.seed)
         samples = []
         for prompt in tqdm(self.data.prompts, desc="generation", leave=False, disable=not self.state.is_main_process):
-            ids = torch.tensor([self.tokenizer(prompt)["input_ids"]], device=self.model.device)
+            ids = torch.tensor(encode_prompts(self.tokenizer, [prompt]), device=self.model.device)
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

@@ -81,9 +81,12 @@ class EvaluationArguments:
             "batch_size": 1, "sequence_length": 2, "num_questions": 1, "num_shots": 0, "num_problems": 1,
             "num_samples": 1, "max_new_tokens": 1, "temperature": 0, "sample": 0,
         }  # fmt: skip
+        lowest |= {name: 1 for name in ("stride", "max_documents") if getattr(self, name) is not None}
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {low}.")
+        if self.stride is not None and self.stride > self.sequence_length:
+            raise ValueError(f"stride is {self.stride}: it must be at most sequence_length, {self.sequence_length}.")
         for name in ("num_recurrences", "digits"):
             if any(value < 1 for value in getattr(self, name) or ()):
                 raise ValueError(f"{name} is {getattr(self, name)}: each must be at least 1.")

@@ -1,6 +1,7 @@
 """From arguments to what a language-modelling run needs: tokenizer, data sets, model, and checks before it starts."""
 
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -200,6 +201,10 @@ def train_language_model(
         eval_dataset=validation,
         processing_class=tokenizer,
     )
+    if not checkpoint and trainer.is_world_process_zero():
+        # Otherwise what this run cannot finish would seem to go on from a checkpoint of the one that it replaces.
+        for stale in Path(config.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(stale)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
@@ -210,7 +215,11 @@ def train_language_model(
     metrics["parameters"] = model.num_parameters()
     metrics["steps"] = trainer.state.global_step
     trainer.save_metrics("eval", metrics)
-    trainer.create_model_card(dataset=data_arguments.dataset_name)
+    # Tasks are sums, which are generated, and stories from somewhere.
+    on_tasks = data_arguments.dataset_name == GENERATED
+    card = {"dataset": data_arguments.babi_data if on_tasks else data_arguments.dataset_name}
+    card |= {"prompt": "Mary went to the kitchen."} if on_tasks else {}
+    trainer.create_model_card(**card)
     if config.push_to_hub:
-        trainer.push_to_hub(dataset=data_arguments.dataset_name)
+        trainer.push_to_hub(**card)
     return metrics

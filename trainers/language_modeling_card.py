@@ -19,7 +19,7 @@ EXPERT_KINDS = {
 
 
 def language_model_card(
-    model: MoreForCausalLM, arguments: TrainingArguments, state: TrainerState, dataset_name: str
+    model: MoreForCausalLM, arguments: TrainingArguments, state: TrainerState, dataset_name: str, prompt: str = "The"
 ) -> ModelCard:
     """A card from what the model is and what the run logged.
 
@@ -28,6 +28,7 @@ def language_model_card(
         arguments (`TrainingArguments`): Those of the run.
         state (`TrainerState`): Its log, with at least one evaluation.
         dataset_name (`str`): Hub id, or name of a local data set.
+        prompt (`str`, *optional*, defaults to `"The"`): What the example on the card continues.
     """
     config = model.config
     repository = arguments.hub_model_id or str(arguments.output_dir)
@@ -68,7 +69,7 @@ def language_model_card(
         experts_per_token=config.num_experts_per_tok,
         expert_kind=EXPERT_KINDS[config.expert_type],
         generate_options=f", num_recurrences={config.num_recurrences}" if config.is_recurrent else "",
-        prompt="Mary went to the kitchen." if dataset_name == GENERATED else "The",
+        prompt=prompt,
         dataset_name="generated stories and sums" if dataset_name == GENERATED else Path(dataset_name).name,
         vocab_size=config.vocab_size,
         steps=evaluation["step"],

@@ -104,15 +104,16 @@ class LanguageModelingTrainer(Trainer):
             metrics["eval_perplexity"] = _perplexity(metrics["eval_loss"])
         return metrics
 
-    def create_model_card(self, dataset: str | None = None, **kwargs) -> None:
+    def create_model_card(self, dataset: str | None = None, prompt: str = "The", **kwargs) -> None:
         """Writes the card of the trained model to `output_dir`, from the run's own figures.
 
         Args:
             dataset (`str`, *optional*): Hub id or name of the data set.
+            prompt (`str`, *optional*, defaults to `"The"`): What the example on the card continues.
         """
         if self.is_world_process_zero():
             model = self.accelerator.unwrap_model(self.model)
-            card = language_model_card(model, self.args, self.state, dataset or "its training data")
+            card = language_model_card(model, self.args, self.state, dataset or "its training data", prompt)
             card.save(Path(self.args.output_dir, "README.md"))
 
     def _save_checkpoint(self, model, trial):

@@ -1,6 +1,7 @@
 """Perplexity of texts under a causal language model: with a sliding window, and by position in the sequence."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -60,13 +61,16 @@ def detokenize_wikitext(text: str) -> str:
     """
     for mark in ("-", ",", "."):
         text = text.replace(f" @{mark}@ ", mark)
-    for mark in (",", ".", ";", ":", "!", "?", "%", ")", "]", "}", "'s", "'t", "'re", "'ve", "'ll", "'d", "'m"):
-        text = text.replace(f" {mark} ", f"{mark} ").replace(f" {mark}\n", f"{mark}\n")
-    for mark in ("(", "[", "{", "$", "£"):
-        text = text.replace(f" {mark} ", f" {mark}")
-    pieces = text.split(' " ')
+    # Before punctuation, which may follow a quotation, and line by line, because some line lacks a mark.
+    text = "\n".join(map(_join_quotations, text.split("\n")))
+    text = re.sub(r""" ([,.;:!?%)\]}]|'(?:s|t|re|ve|ll|d|m))(?=[\s"])""", r"\1", text)
+    return re.sub(r" ([(\[{$£]) ", r" \1", text)
+
+
+def _join_quotations(line: str) -> str:
+    *pieces, last = line.split(' " ')
     # Every second mark closes a quotation.
-    return "".join(piece + (' "', '" ')[index % 2] for index, piece in enumerate(pieces[:-1])) + pieces[-1]
+    return "".join(piece + (' "', '" ')[index % 2] for index, piece in enumerate(pieces)) + last
 
 
 def score_texts(
@@ -173,7 +177,9 @@ def perplexity_by_position(
     state = PartialState()
     mine = torch.tensor(sequences[:max_sequences])[state.process_index :: state.num_processes]
     sums = torch.zeros(length, dtype=torch.float64)
-    for batch in tqdm(mine.split(batch_size), desc="By position", leave=False, disable=not state.is_main_process):
+    # There may be fewer sequences than processes.
+    batches = mine.split(batch_size) if len(mine) else ()
+    for batch in tqdm(batches, desc="By position", leave=False, disable=not state.is_main_process):
         nats = token_nats(model, list(batch[:, :-1]), list(batch[:, 1:]), num_recurrences)
         sums += nats.double().sum(dim=0).cpu()
     total = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64).sum(dim=0)
@@ -239,6 +245,8 @@ def _slide(num_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int
 def _check_window(model: PreTrainedModel, window: int, stride: int) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window < 1 or (limit is not None and window > limit):
-        raise ValueError(f"The window is {window} tokens: the model takes 1 to {limit}.")
+        raise ValueError(
+            f"The window is {window} tokens: the model takes 1 to {'any number' if limit is None else limit}."
+        )
     if not 1 <= stride <= window:
         raise ValueError(f"The stride is {stride} tokens: choose 1 to the window, {window}.")

@@ -84,9 +84,16 @@ class QuestionAnswerer:
         self.max_new_tokens = max_new_tokens
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_prompt = None if limit is None else limit - max_new_tokens
+        if self.max_prompt is not None and self.max_prompt < 1:
+            raise ValueError(
+                f"Answers of {max_new_tokens} tokens leave none of the {limit} that the model takes to the question."
+            )
 
     def __call__(self, examples: Sequence[TaskExample]) -> list[AnsweredQuestion]:
         """Answers a batch of questions."""
+        if not examples:
+            # Of the last batch, the last of several processes may get nothing.
+            return []
         prompts = encode_prompts(self.tokenizer, [self.shots + example.prompt for example in examples])
         if self.max_prompt is not None:
             prompts = [prompt[-self.max_prompt :] for prompt in prompts]
@@ -142,28 +149,32 @@ class QuestionAnswerer:
         The log-likelihood of each answer after its prompt. Pairs that differ in the last token only, as answers of one
         token do, share a row of the batch.
         """
-        rows: dict[tuple[int, ...], int] = {}
-        places = []
-        for prompt, answer in pairs:
-            row = rows.setdefault((*prompt, *answer[:-1]), len(rows))
-            places.append((row, len(prompt) - 1, answer))
-        log_probabilities = self._log_probabilities([torch.tensor(row) for row in rows], min(p for _, p, _ in places))
-        first = min(position for _, position, _ in places)
-        return [
-            sum(log_probabilities[row, position - first + offset, token].item() for offset, token in enumerate(answer))
-            for row, position, answer in places
-        ]
+        wanted: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = {}
+        for number, (prompt, answer) in enumerate(pairs):
+            wanted.setdefault((*prompt, *answer[:-1]), []).append((number, len(prompt) - 1, answer))
+        scores = [0.0] * len(pairs)
+        rows = list(wanted)
+        # As many rows at once as there are questions: logits over a large vocabulary are larger than the model.
+        size = len({tuple(prompt) for prompt, _ in pairs})
+        for start in range(0, len(rows), size):
+            chunk = rows[start : start + size]
+            first = min(position for row in chunk for _, position, _ in wanted[row])
+            logits = self._logits([torch.tensor(row) for row in chunk], first)
+            for index, row in enumerate(chunk):
+                for number, position, answer in wanted[row]:
+                    at = logits[index, position - first :][: len(answer)].float().log_softmax(dim=-1)
+                    scores[number] = at[range(len(answer)), answer].sum().item()
+        return scores
 
     @torch.no_grad()
-    def _log_probabilities(self, rows: list[torch.Tensor], first: int) -> torch.Tensor:
-        """Log-probabilities of shape `(batch, seq - first, vocabulary)`, from position `first` on."""
+    def _logits(self, rows: list[torch.Tensor], first: int) -> torch.Tensor:
+        """Logits of shape `(batch, seq - first, vocabulary)`, from position `first` on."""
         ids = pad_sequence(rows, batch_first=True).to(self.model.device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(self.model.device)
         kept = ids.shape[1] - first
-        outputs = self.model(
+        return self.model(
             input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept, **self._options()
-        )
-        return outputs.logits.float().log_softmax(dim=-1)
+        ).logits
 
     def _likelihoods_and_routes(self, pairs) -> tuple[list[float], list[tuple[str, float | None]]]:
         inputs = [torch.tensor(prompt + answer[:-1]) for prompt, answer in pairs]

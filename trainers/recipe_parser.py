@@ -57,6 +57,8 @@ def parse_recipe(
         if unknown:
             raise ValueError(f"{path} has unknown options: {', '.join(unknown)}.")
         parser.set_defaults(**values)
+        for action in parser._actions:
+            action.required = action.required and action.dest not in values
     *instances, namespace = parser.parse_args_into_dataclasses(arguments)
     return tuple(instances)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mixturekit.trainers.babi import (
-    TASKS,
+    GENERATED_TASKS,
     BabiQuestion,
     format_question,
     generate_stories,
@@ -60,7 +60,7 @@ def place_before(place, way):
     return way[arrivals[-1] - 1] if arrivals else None
 
 
-@pytest.fixture(params=TASKS)
+@pytest.fixture(params=GENERATED_TASKS)
 def task(request):
     return request.param
 
@@ -174,7 +174,7 @@ def test_splits_share_no_story_whatever_the_seed_the_task_and_the_words():
     stories = {
         split: {
             events(question)
-            for task in TASKS
+            for task in GENERATED_TASKS
             for seed in (0, 1)
             for question in generate_stories(task, 150, split, seed)
         }

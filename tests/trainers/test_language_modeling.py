@@ -18,7 +18,7 @@ from mixturekit.trainers.language_modeling import load_data, train_language_mode
 from mixturekit.trainers.language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
 from mixturekit.trainers.language_modeling_trainer import LanguageModelingTrainer
 from mixturekit.trainers.recipe_parser import parse_recipe
-from mixturekit.trainers.text_data import load_tokenizer
+from mixturekit.trainers.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 GOLDEN_LOSSES = [5.700, 5.510, 5.347, 5.259]

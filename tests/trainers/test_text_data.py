@@ -1,58 +1,27 @@
-"""Text to tokens: nothing of a text is lost on the way, nothing is read twice, and bad input is named at once."""
+"""Text data sets: nothing of a text is lost on the way, and bad input is named at once."""
 
-import functools
 import os
-import pickle
 import re
-import subprocess
-import sys
-import tracemalloc
 from pathlib import Path
 
 import datasets
-import numpy as np
-import pyarrow
 import pytest
-import torch
 from transformers import AutoTokenizer
 
-from mixturekit.trainers import text_data
 from mixturekit.trainers.text_data import (
-    END_TOKEN,
-    PAD_TOKEN,
-    AnswerDataset,
-    PackedTokens,
     dataset_splits,
-    generated_documents,
     load_documents,
-    load_tokenizer,
     load_train_and_validation,
-    pad_blocks,
     split_documents,
-    tokenize_documents,
-    train_tokenizer,
 )
+from mixturekit.trainers.tokenization import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("cache")
 WIKITEXT = Path(os.environ.get("MIXTUREKIT_DATA", Path(__file__).parents[2] / "../shared/data")) / "wikitext/valid.txt"
 ARTICLES = [
     " = One = \n\n Words . \n\n = = Part = = \n\n More words . \n\n",
     " = Two = \n\n x = y = z \n = not alone = \n\n",
 ]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Caches of its own for every test, and no way to the Hub."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
-    yield tmp_path / "cache"
-    datasets.enable_progress_bars()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["the cat sat on the mat. " * 20, "the dog did not. 1234567890"], 300)
 
 
 @pytest.fixture
@@ -221,237 +190,3 @@ def test_a_single_document_is_cut_at_a_line():
 def test_a_senseless_validation_fraction_is_refused(fraction):
     with pytest.raises(ValueError, match=f"validation_fraction is {fraction}"):
         split_documents(documents_of("a", "b"), fraction)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "the cat sat",
-        "  two spaces , ' odd ' spacing .  \n\n\t",
-        "12 + 345 = 357",
-        "naïve Ωmega 你好 🙂\u200d🔬 \u2028 \x00 \r\n",
-        f"before{END_TOKEN}after",
-    ],
-)
-def test_any_text_survives_the_tokenizer(tokenizer, text):
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-def test_digits_are_tokens_of_their_own_unless_asked_otherwise(tokenizer):
-    assert tokenizer.tokenize("1234") == ["1", "2", "3", "4"]
-    assert train_tokenizer(["1234 " * 50], 300, split_digits=False).tokenize("1234") == ["1234"]
-
-
-def test_a_trained_tokenizer_loads_again_with_its_special_tokens(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    text = "the cat, 12 🙂"
-    for loaded in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))):
-        assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
-        assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == (END_TOKEN, END_TOKEN, PAD_TOKEN)
-        assert loaded.decode(loaded(text)["input_ids"]) == text
-
-
-def test_a_tokenizer_without_padding_token_pads_with_its_end_token(tokenizer, tmp_path):
-    bare = pickle.loads(pickle.dumps(tokenizer))
-    bare.pad_token = None
-    bare.save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path)).pad_token == END_TOKEN
-    bare.eos_token = None
-    bare.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no end token"):
-        load_tokenizer(str(tmp_path))
-
-
-def test_what_is_no_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=f"No tokenizer could be loaded from {tmp_path}"):
-        load_tokenizer(str(tmp_path))
-    with pytest.raises(ValueError, match="vocab_size is 257: it must be at least 258"):
-        train_tokenizer(["text"], 257)
-
-
-def test_every_document_ends_with_the_end_token(tokenizer):
-    texts = ["the cat", "sat", "on 12 mats"]
-    tokens = tokenize_documents(documents_of(*texts), tokenizer)
-    assert tokens.column_names == ["input_ids"]
-    assert [tokenizer.decode(row) for row in tokens["input_ids"]] == [text + END_TOKEN for text in texts]
-
-
-def test_a_very_long_text_is_cut_without_changing_its_tokens(tokenizer, monkeypatch):
-    text = "the cat's mat.  \n\n the  1234 dogs, did not\n" * 30
-    whole = tokenizer(text)["input_ids"]
-    pieces = list(text_data._pieces(text, 100))
-    assert "".join(pieces) == text
-    assert max(map(len, pieces)) <= 100
-    monkeypatch.setattr(text_data._pieces, "__defaults__", (100,))
-    assert tokenize_documents(documents_of(text), tokenizer)[0]["input_ids"] == [*whole, tokenizer.eos_token_id]
-    assert "".join(text_data._pieces("x" * 250, 100)) == "x" * 250
-
-
-def tokens_in(cache):
-    return {path.name: path.stat().st_mtime_ns for path in (cache / "mixturekit_tokens").glob("*.arrow")}
-
-
-def test_the_tokens_of_a_text_are_made_once(tokenizer, cache, tmp_path):
-    texts = [f"the cat {index}" for index in range(20)]
-    first = tokenize_documents(documents_of(*texts), tokenizer, num_proc=2)
-    made = tokens_in(cache)
-    assert len(made) == 2
-    tokenizer(["a", "longer text"], padding=True, truncation=True, max_length=3)  # leaves its state in the tokenizer
-    for index, num_proc in enumerate((None, 1, 2)):
-        documents_of(*texts).to_json(str(tmp_path / f"copy{index}.jsonl"))
-        copy = load_documents(str(tmp_path / f"copy{index}.jsonl"))
-        assert tokenize_documents(copy, tokenizer, num_proc)["input_ids"][:] == first["input_ids"][:]
-    assert tokens_in(cache) == made
-    tokenize_documents(documents_of(*texts[:-1], "another"), tokenizer)
-    tokenize_documents(documents_of(*texts), train_tokenizer(["another tokenizer"], 270))
-    assert len(tokens_in(cache)) == 4
-
-
-def test_another_process_finds_the_tokens_and_trains_the_same_tokenizer(tokenizer, cache, tmp_path):
-    """Another process hashes strings differently, which must not reach the cache or the vocabulary."""
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    tokenize_documents(documents_of("the cat", "the dog"), tokenizer)
-    made = tokens_in(cache)
-    code = """if True:
-        import sys, datasets
-        from mixturekit.trainers.text_data import load_tokenizer, tokenize_documents, train_tokenizer
-        documents = datasets.Dataset.from_dict({"text": ["the cat", "the dog"]})
-        tokenize_documents(documents, load_tokenizer(sys.argv[1]))
-        print(train_tokenizer(["the cat sat on the mat. " * 20, "the dog did not. 1234567890"], 300).get_vocab())
-    """
-    environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "PYTHONHASHSEED": "7", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, str(tmp_path / "tokenizer")]
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert eval(output) == tokenizer.get_vocab()
-    assert tokens_in(cache) == made
-
-
-def random_documents(count, longest, seed=0):
-    generator = np.random.default_rng(seed)
-    rows = [generator.integers(0, 300, generator.integers(1, longest)).tolist() for _ in range(count)]
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
-    return datasets.Dataset.from_dict({"input_ids": rows}, features=features)
-
-
-@pytest.mark.parametrize("sequence_length", [2, 7, 64, 10_000])
-@pytest.mark.parametrize("view", ["whole", "shuffled", "selected", "concatenated", "sliced"])
-def test_packing_keeps_every_token_in_order(view, sequence_length):
-    documents = random_documents(40, 30)
-    documents = {
-        "whole": lambda: documents,
-        "shuffled": lambda: documents.shuffle(seed=1),
-        "selected": lambda: documents.select([5, 3, 39, 3]),
-        "concatenated": lambda: datasets.concatenate_datasets([documents, random_documents(9, 50, seed=2)]),
-        "sliced": lambda: documents.select(range(7, 21)),
-    }[view]()
-    blocks = PackedTokens(documents, sequence_length)
-    tokens = [token for row in documents["input_ids"] for token in row]
-    if len(tokens) % sequence_length == 1:
-        tokens.pop()
-    assert [token for block in blocks for token in block["input_ids"].tolist()] == tokens
-    assert [len(block["input_ids"]) for block in blocks][:-1] == [sequence_length] * (len(blocks) - 1)
-    assert 2 <= len(blocks[len(blocks) - 1]["input_ids"]) <= sequence_length
-
-
-def test_a_block_is_two_int64_tensors_of_their_own(tokenizer):
-    block = PackedTokens(random_documents(4, 20), 8)[0]
-    assert block.keys() == {"input_ids", "labels"}
-    assert block["input_ids"].dtype == block["labels"].dtype == torch.int64
-    assert torch.equal(block["input_ids"], block["labels"])
-    block["labels"][:] = -100
-    assert (block["input_ids"] >= 0).all()
-
-
-def test_reading_a_block_leaves_the_corpus_on_disk(tmp_path):
-    random_documents(40, 50_000).save_to_disk(tmp_path / "corpus")
-    documents = datasets.load_from_disk(tmp_path / "corpus").shuffle(seed=0)
-    allocated = pyarrow.total_allocated_bytes()
-    tracemalloc.start()
-    blocks = PackedTokens(documents, 128)
-    total = sum(block["labels"].numel() for block in (blocks[0], blocks[len(blocks) // 2]))
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert total == 256
-    assert blocks.num_tokens * 4 > 3_000_000
-    assert peak + pyarrow.total_allocated_bytes() - allocated < 100_000
-    assert len(pickle.dumps(blocks)) < 100_000
-    assert torch.equal(pickle.loads(pickle.dumps(blocks))[7]["input_ids"], blocks[7]["input_ids"])
-
-
-def test_a_senseless_packing_is_refused():
-    with pytest.raises(ValueError, match="sequence_length is 1"):
-        PackedTokens(random_documents(2, 5), 1)
-    with pytest.raises(ValueError, match="documents is empty"):
-        PackedTokens(random_documents(2, 5).select([]), 8)
-
-
-def test_only_the_answer_and_its_end_have_a_loss(tokenizer):
-    pairs = [("the cat sat on", " the mat"), ("12 + 3 =", " 15")]
-    for example, (prompt, answer) in zip(AnswerDataset(pairs, tokenizer), pairs, strict=True):
-        assert tokenizer.decode(example["input_ids"]) == prompt + answer + END_TOKEN
-        learned = example["labels"] != -100
-        assert tokenizer.decode(example["labels"][learned]) == answer + END_TOKEN
-        assert torch.equal(example["input_ids"][learned], example["labels"][learned])
-        # What a model is given in evaluation is what it has been trained on.
-        assert example["input_ids"][~learned].tolist() == tokenizer(prompt)["input_ids"]
-
-
-def test_an_example_that_does_not_fit_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="max_length is 4: the longest example has 6 tokens"):
-        AnswerDataset([("1 2", " 3"), ("1", "2")], tokenizer, max_length=4)
-    with pytest.raises(ValueError, match="pairs is empty"):
-        AnswerDataset([], tokenizer)
-
-
-def test_padding_is_on_the_right_and_has_no_label(tokenizer):
-    tokenizer = pickle.loads(pickle.dumps(tokenizer))
-    tokenizer.padding_side = "left"
-    examples = list(AnswerDataset([("1 2", " 3"), ("1", "2")], tokenizer))
-    collate = functools.partial(pad_blocks, pad_token_id=tokenizer.pad_token_id)
-    batch = collate(examples)
-    assert {key: value.dtype for key, value in batch.items()} == dict.fromkeys(
-        ("input_ids", "labels", "attention_mask"), torch.int64
-    )
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]
-    assert batch["input_ids"][1].tolist() == examples[1]["input_ids"].tolist() + [tokenizer.pad_token_id] * 3
-    assert batch["labels"][1].tolist() == examples[1]["labels"].tolist() + [-100] * 3
-    assert torch.equal(batch["input_ids"][0], examples[0]["input_ids"])
-
-
-def test_generated_data_mixes_its_tasks_in_equal_shares():
-    rows = generated_documents(num_examples=100)
-    assert rows.column_names == ["task", "prompt", "answer"]
-    assert {task: rows["task"][:].count(task) for task in rows.unique("task")} == {
-        "babi2": 34,
-        "babi3": 33,
-        "addition": 33,
-    }
-    assert {"babi2", "babi3", "addition"} == set(rows["task"][:15])
-    assert all(row["answer"].startswith(" ") and not row["prompt"].endswith(" ") for row in rows)
-
-
-def test_generated_splits_share_no_prompt():
-    prompts = {
-        split: set(generated_documents(split, num_examples=300)["prompt"]) for split in dataset_splits("generated")
-    }
-    assert not prompts["train"] & prompts["validation"]
-    assert not prompts["train"] & prompts["test"]
-    assert not prompts["validation"] & prompts["test"]
-
-
-def test_generated_data_depends_on_the_seed_alone():
-    assert generated_documents(num_examples=30).to_list() == generated_documents(num_examples=30).to_list()
-    assert generated_documents(num_examples=30).to_list() != generated_documents(num_examples=30, seed=1).to_list()
-
-
-def test_generated_data_loads_like_any_other(monkeypatch):
-    monkeypatch.setattr(text_data.generated_documents, "__defaults__", ("train", 0, 30, ("babi2", "addition")))
-    documents = load_documents("generated", split="validation")
-    rows = generated_documents("validation")
-    assert documents["text"][:] == [row["prompt"] + row["answer"] for row in rows]
-
-
-@pytest.mark.parametrize("tasks", [(), ("babi4",)])
-def test_unknown_tasks_are_refused(tasks):
-    with pytest.raises(ValueError, match="choose from babi2, babi3, addition, subtraction, multiplication"):
-        generated_documents(tasks=tasks)

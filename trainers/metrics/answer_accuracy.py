@@ -74,6 +74,8 @@ class AnswerAccuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, match="word", confidence=0.95):
+        if not predictions:
+            raise ValueError("There are no predictions to score.")
         readers = {"word": first_word, "number": whole_number}
         if match not in readers:
             raise ValueError(f"match is {match!r}: choose 'word' or 'number'.")

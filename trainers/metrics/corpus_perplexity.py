@@ -51,5 +51,7 @@ class CorpusPerplexity(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
+        if not predictions:
+            raise ValueError("There are no predictions to score.")
         totals = (sum(reference[name] for reference in references) for name in ("tokens", "words", "bytes"))
         return corpus_perplexity(sum(predictions), *totals)

@@ -74,4 +74,6 @@ class TextDiversity(evaluate.Metric):
         )
 
     def _compute(self, predictions):
+        if not predictions:
+            raise ValueError("There are no predictions to score.")
         return text_diversity(predictions)

@@ -1,0 +1,1 @@
+"""Metrics as modules of `evaluate`: `evaluate.load("trainers/metrics/answer_accuracy.py")`."""
