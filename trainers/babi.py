@@ -119,7 +119,7 @@ def split_stories(
     Returns:
         `tuple[list[BabiQuestion], list[BabiQuestion]]`: The questions to train on and those held out.
     """
-    cut = round(len(questions) * (1.0 - held_out_fraction))
+    cut = min(round(len(questions) * (1.0 - held_out_fraction)), len(questions) - 1)
     while cut > 0 and _same_story(questions[cut - 1], questions[cut]):
         cut -= 1
     if cut == 0:

@@ -44,23 +44,26 @@ def parse_recipe(
     """
     parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options.")
-    parser.set_defaults(**(defaults or {}))
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     path = _config_path(arguments)
-    if path is not None:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} is not a list of `option: value` lines.")
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"{path} has unknown options: {', '.join(unknown)}.")
-        parser.set_defaults(**values)
-        for action in parser._actions:
-            action.required = action.required and action.dest not in values
+    values = dict(defaults or {}) | ({} if path is None else _read_config(path, parser))
+    parser.set_defaults(**values)
+    for action in parser._actions:
+        action.required = action.required and action.dest not in values
     *instances, namespace = parser.parse_args_into_dataclasses(arguments)
     return tuple(instances)
+
+
+def _read_config(path: str, parser: HfArgumentParser) -> dict:
+    with open(path, encoding="utf-8") as file:
+        values = yaml.safe_load(file) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a list of `option: value` lines.")
+    known = {action.dest for action in parser._actions}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{path} has unknown options: {', '.join(unknown)}.")
+    return values
 
 
 def _config_path(arguments: list[str]) -> str | None:

@@ -132,3 +132,11 @@ def test_another_seed_gives_other_problems(operation):
 def test_bad_options_are_refused_with_one_clear_sentence(options, reason):
     with pytest.raises(ValueError, match=reason):
         generate_problems(**{"operation": "addition", "num_problems": 10, **options})
+
+
+def test_a_split_with_fewer_problems_gives_what_it_has_only_if_asked_for():
+    with pytest.raises(ValueError, match="has only"):
+        generate_problems("addition", 1000, "test", max_digits=1)
+    few = generate_problems("addition", 1000, "test", max_digits=1, at_most=True)
+    assert 0 < len(few) < 100
+    assert len(set(few)) == len(few)

@@ -9,10 +9,15 @@ import pytest
 
 from mixturekit.trainers.babi import (
     GENERATED_TASKS,
+    OBJECTS,
+    PEOPLE,
+    PLACES,
     BabiQuestion,
     format_question,
     generate_stories,
     read_babi,
+    rename_entities,
+    split_stories,
     write_babi,
 )
 from mixturekit.trainers.splits import SPLITS, split_of
@@ -256,3 +261,46 @@ def test_the_prompt_is_the_facts_and_the_question():
 def test_bad_options_are_refused_with_one_clear_sentence(options, reason):
     with pytest.raises(ValueError, match=reason):
         generate_stories(**{"task": "babi3", "num_questions": 1, **options})
+
+
+def last_place(question):
+    """Where the object of a two-fact question is: where who had it last was when it was dropped, or is by now."""
+    thing = question.question.rstrip("?").rpartition(" ")[2]
+    place, holder, answer = {}, None, None
+    for fact in question.facts:
+        words = fact.rstrip(".").removesuffix(" there").split()
+        if words[-1] in PLACES:
+            place[words[0]] = words[-1]
+        elif words[-1] == thing:
+            holder = None if words[1] in ("dropped", "discarded", "left", "put") else words[0]
+            answer = place[words[0]]
+        if holder:
+            answer = place[holder]
+    return answer
+
+
+def test_a_story_with_other_names_is_as_true():
+    questions = generate_stories("babi2", 60, max_facts=12)
+    renamed = rename_entities(questions, 3)
+    assert len(renamed) == 180
+    assert all(last_place(question) == question.answer for question in questions + renamed)
+    assert sum(copy.facts != question.facts for question in questions for copy in renamed) > 0
+    for number, copy in enumerate(renamed):
+        assert copy.supporting == questions[number // 3].supporting
+
+
+def test_names_are_swapped_among_those_that_occur():
+    questions = generate_stories("babi3", 40, num_people=2, num_places=4, num_objects=2)
+    names = {word for kind in (PEOPLE[2:], PLACES[4:], OBJECTS[2:]) for word in kind}
+    renamed = rename_entities(questions, 5, seed=1)
+    used = {word for copy in renamed for text in (*copy.facts, copy.question) for word in re.findall(r"\w+", text)}
+    assert not names & used
+    assert renamed == rename_entities(questions, 5, seed=1)
+    assert renamed != rename_entities(questions, 5, seed=2)
+
+
+def test_questions_of_one_story_cannot_be_split():
+    (question,) = generate_stories("babi2", 1)
+    longer = BabiQuestion((*question.facts, "Mary went to the office."), question.question, "office", (0, 1))
+    with pytest.raises(ValueError, match="The 2 questions are of one story"):
+        split_stories([question, longer], 0.1)
