@@ -20,6 +20,8 @@ from matplotlib import pyplot  # noqa: E402, the backend that needs no screen co
 PICTURE = "depth_sweep.png"
 
 _HEADING = "## Evaluation"
+# Tells the entries of the model-index that the next evaluation replaces from those of others.
+_OURS = {"evaluated_by": "mixturekit"}
 _SHARES = ("generation_accuracy", "ranking_accuracy", "exact_match")
 _TITLES = {
     "perplexity": "perplexity per token",
@@ -27,6 +29,11 @@ _TITLES = {
     "bits_per_byte": "bits per byte",
     "exact_match": "exact match",
 }
+
+
+def count_of(number: int, noun: str) -> str:
+    """`1 digit`, `2 digits`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def series(results: list[dict]) -> dict[tuple, dict[int | None, dict]]:
@@ -44,11 +51,11 @@ def print_results(results: list[dict]) -> None:
     for column in ("task", "figure", "n"):
         table.add_column(column)
     for depth in depths:
-        table.add_column("value" if depth is None else f"{depth} recurrences", justify="right")
+        table.add_column("value" if depth is None else count_of(depth, "recurrence"), justify="right")
     for (task, digits, metric), by_depth in series(results).items():
         first = next(iter(by_depth.values()))
         longer = "" if first.get("in_range", True) else ", longer than trained"
-        name = task if digits is None else f"{task}, {digits} digits{longer}"
+        name = task if digits is None else f"{task}, {count_of(digits, 'digit')}{longer}"
         cells = [_cell(by_depth[depth]) if depth in by_depth else "-" for depth in depths]
         table.add_row(name, _title(metric), f"{first['count']:,}", *cells)
     Console().print(table)
@@ -75,7 +82,7 @@ def draw_results(results: list[dict], path: str | Path) -> None:
                 positions[depth].append(record)
         elif digits is not None:
             longer = "" if next(iter(by_depth.values()))["in_range"] else ", longer than trained"
-            panels[f"{task}: exact match"].append((f"{digits} digits{longer}", by_depth))
+            panels[f"{task}: exact match"].append((f"{count_of(digits, 'digit')}{longer}", by_depth))
         elif metric in _SHARES:
             panels[f"{task}: accuracy"].append((_title(metric).removesuffix(" accuracy"), by_depth))
         elif metric != "words":
@@ -120,7 +127,7 @@ def _draw_positions(axis, positions: dict[int | None, list[dict]]) -> None:
     trained = 0
     for depth, records in positions.items():
         places, values = [record["position"] for record in records], [record["value"] for record in records]
-        axis.plot(places, values, marker=".", label="" if depth is None else f"{depth} recurrences")
+        axis.plot(places, values, marker=".", label="" if depth is None else count_of(depth, "recurrence"))
         trained = max((record["position"] for record in records if record["in_range"]), default=0)
     axis.axvline(trained, color="grey", linestyle="--")
     axis.set_xlabel("position in the sequence (dashed: training length)")
@@ -148,7 +155,8 @@ def update_model_card(report: dict, folder: str | Path) -> list[Path]:
     card = ModelCard.load(path)
     records = [record for record in report["results"] if "position" not in record and record["metric"] != "words"]
     card.data.model_name = card.data.model_name or Path(folder).resolve().name
-    card.data.eval_results = [_index_entry(record, report) for record in records]
+    others = [entry for entry in card.data.eval_results or [] if entry.dataset_args != _OURS]
+    card.data.eval_results = others + [_index_entry(record, report) for record in records]
     card.text = _without_section(card.text) + _section(records, report)
     card.save(path)
     entries = [entry for record in records if (entry := _hub_entry(record, report))]
@@ -177,14 +185,15 @@ def _source(record: dict, report: dict) -> tuple[str, str]:
 
 def _index_entry(record: dict, report: dict) -> EvalResult:
     kind, name = _source(record, report)
-    details = [] if record.get("digits") is None else [f"{record['digits']} digits"]
+    details = [] if record.get("digits") is None else [count_of(record["digits"], "digit")]
     if record["num_recurrences"] is not None:
-        details.append(f"{record['num_recurrences']} recurrences")
+        details.append(count_of(record["num_recurrences"], "recurrence"))
     return EvalResult(
         task_type="text-generation",
         dataset_type=kind,
         dataset_name=name,
         dataset_config=record["task"],
+        dataset_args=_OURS,
         metric_type=record["metric"],
         metric_name=", ".join([_title(record["metric"]), *details]),
         metric_value=round(record["value"], 5),
@@ -195,7 +204,7 @@ def _hub_entry(record: dict, report: dict) -> EvalResultEntry | None:
     kind, _ = _source(record, report)
     if "/" not in kind:
         return None
-    depth = "" if record["num_recurrences"] is None else f", {record['num_recurrences']} recurrences"
+    depth = "" if record["num_recurrences"] is None else f", {count_of(record['num_recurrences'], 'recurrence')}"
     return EvalResultEntry(
         dataset_id=kind,
         task_id=record["task"],
@@ -207,11 +216,11 @@ def _hub_entry(record: dict, report: dict) -> EvalResultEntry | None:
 
 def _section(records: list[dict], report: dict) -> str:
     depths = list(dict.fromkeys(record["num_recurrences"] for record in records))
-    heads = ["value" if depth is None else f"{depth} recurrences" for depth in depths]
+    heads = ["value" if depth is None else count_of(depth, "recurrence") for depth in depths]
     lines = [f"| task | figure | n | {' | '.join(heads)} |", f"| --- | --- | --- |{' --- |' * len(depths)}"]
     for (task, digits, metric), by_depth in series(records).items():
         first = next(iter(by_depth.values()))
-        name = task if digits is None else f"{task}, {digits} digits"
+        name = task if digits is None else f"{task}, {count_of(digits, 'digit')}"
         cells = " | ".join(_cell(by_depth[depth]) if depth in by_depth else "-" for depth in depths)
         lines.append(f"| {name} | {_title(metric)} | {first['count']} | {cells} |")
     note = (

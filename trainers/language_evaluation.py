@@ -195,7 +195,7 @@ class LanguageModelEvaluation:
             yield task, lambda depth, log, task=task, examples=examples: self._questions(task, examples, depth, log)
         for (task, digits), examples in self.data.sums.items():
             yield (
-                f"{task}, {digits} digits",
+                f"{task}, digits {digits}",
                 lambda depth, log, task=task, digits=digits, examples=examples: self._sums(
                     task, digits, examples, depth, log
                 ),

@@ -92,7 +92,7 @@ def print_table(rows: list[dict], arguments) -> None:
     from rich.table import Table
 
     table = Table(title=f"{arguments.task}, held out: accuracy in % after {arguments.max_steps} steps, mean (range)")
-    for column in ("variant", "parameters", "minutes", *(f"{depth} recurrences" for depth in RECURRENCES)):
+    for column in ("variant", "parameters", "minutes", *(f"recurrences: {depth}" for depth in RECURRENCES)):
         table.add_column(column, justify="right")
     for variant in VARIANTS:
         chosen = [row for row in rows if row["variant"] == variant]

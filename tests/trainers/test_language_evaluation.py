@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -312,7 +312,7 @@ def test_the_table_and_the_picture_show_every_task(finished, tmp_path, capsys, m
     _, report = finished
     print_results(report["results"])
     table = capsys.readouterr().out
-    assert "1 recurrences" in table and "2 recurrences" in table and "100.0 (80.6 to 100.0)" in table
+    assert "1 recurrence " in table and "2 recurrences" in table and "100.0 (80.6 to 100.0)" in table
     for text in ("perplexity per word", "bits per byte", "addition, 2 digits, longer than trained", "distinct 1"):
         assert text in table
     draw_results(report["results"], tmp_path / "sweep.png")
@@ -349,9 +349,28 @@ def test_a_card_that_is_updated_twice_has_one_section_and_stays_valid(finished, 
         for metric in entry["metrics"]
     }
     assert values["babi2", "generation_accuracy", "generation accuracy, 2 recurrences"] == 1.0
-    assert values["addition", "exact_match", "exact match, 1 digits, 2 recurrences"] == 1.0
+    assert values["addition", "exact_match", "exact match, 1 digit, 2 recurrences"] == 1.0
     (row,) = pick(report, metric="word_perplexity", num_recurrences=1)
-    assert values["perplexity", "word_perplexity", "perplexity per word, 1 recurrences"] == round(row["value"], 5)
+    assert values["perplexity", "word_perplexity", "perplexity per word, 1 recurrence"] == round(row["value"], 5)
+
+
+def test_figures_of_others_stay_on_the_card(finished, published):
+    _, report = finished
+    path = published / "README.md"
+    card = ModelCard.load(path)
+    card.data.model_name = "published"
+    measured = {
+        "dataset_type": "openai/gsm8k",
+        "dataset_name": "GSM8K",
+        "metric_type": "accuracy",
+        "metric_value": 0.5,
+    }
+    card.data.eval_results = [EvalResult(task_type="text-generation", **measured)]
+    card.save(path)
+    for _ in range(2):
+        update_model_card(report, published)
+    kept = [entry for entry in ModelCard.load(path).data.eval_results if entry.dataset_name == "GSM8K"]
+    assert [entry.metric_value for entry in kept] == [0.5]
 
 
 def test_results_for_the_hub_are_of_data_of_the_hub_only(finished, published):
