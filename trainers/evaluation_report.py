@@ -58,7 +58,11 @@ def print_results(results: list[dict]) -> None:
         name = task if digits is None else f"{task}, {count_of(digits, 'digit')}{longer}"
         cells = [_cell(by_depth[depth]) if depth in by_depth else "-" for depth in depths]
         table.add_row(name, _title(metric), f"{first['count']:,}", *cells)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        # A log has no width, and rich would take 80 columns.
+        console.width = 160
+    console.print(table)
 
 
 def _title(metric: str) -> str:
