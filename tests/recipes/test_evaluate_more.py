@@ -2,6 +2,7 @@
 """The evaluation as a user runs it: its files, its refusals, and what an interruption leaves."""
 
 import csv
+import functools
 import json
 import os
 import runpy
@@ -161,7 +162,9 @@ def test_an_interrupted_run_keeps_whole_rows_and_the_tasks_that_were_finished(so
         "--batch_size", 2, "--output_dir", tmp_path, "--csv", answers,
     ]  # fmt: skip
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, **pipes)
+    # Tests that a shell runs in its background ignore SIGINT, and so would their children.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, preexec_fn=listen, **pipes)
     try:
         deadline = time.monotonic() + 200
         while not answers.exists() or answers.read_bytes().count(b"\r\n") < 12:
