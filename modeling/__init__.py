@@ -2,7 +2,9 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .configuration_mop import MopConfig
 from .configuration_more import MoreConfig
+from .modeling_mop import MopForActionPrediction, MopModel, MopPreTrainedModel, MopState
 from .modeling_more import MoreForCausalLM, MoreModel, MorePreTrainedModel
 
 AutoConfig.register("more", MoreConfig, exist_ok=True)
@@ -12,4 +14,21 @@ MoreConfig.register_for_auto_class()
 MoreModel.register_for_auto_class("AutoModel")
 MoreForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["MoreConfig", "MoreForCausalLM", "MoreModel", "MorePreTrainedModel"]
+AutoConfig.register("mop", MopConfig, exist_ok=True)
+# Policies have no auto class of their own: `AutoModel` takes the first, unless the checkpoint names the second.
+AutoModel.register(MopConfig, (MopForActionPrediction, MopModel), exist_ok=True)
+MopConfig.register_for_auto_class()
+MopModel.register_for_auto_class("AutoModel")
+MopForActionPrediction.register_for_auto_class("AutoModel")
+
+__all__ = [
+    "MopConfig",
+    "MopForActionPrediction",
+    "MopModel",
+    "MopPreTrainedModel",
+    "MopState",
+    "MoreConfig",
+    "MoreForCausalLM",
+    "MoreModel",
+    "MorePreTrainedModel",
+]
