@@ -78,8 +78,8 @@ class MopPreTrainedModel(PreTrainedModel):
         | norms | weight one, bias zero |
         """
         if isinstance(module, (MopBlock, FlatVision, BowConvFilmVision)):
-            for name, values in module.index_buffers().items():
-                init.copy_(getattr(module, name), torch.tensor(values, dtype=torch.long))
+            for name, values in module.constants().items():
+                init.copy_(getattr(module, name), torch.tensor(values))
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             bound = module.weight[0].numel() ** -0.5
             for parameter in (module.weight, module.bias):
@@ -92,14 +92,15 @@ class MopPreTrainedModel(PreTrainedModel):
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, PackedGru):
-            bounds = torch.tensor(module.sizes).pow(-0.5).repeat_interleave(torch.tensor(module.sizes))
+            sizes = torch.tensor(module.sizes)
+            bounds = sizes.pow(-0.5).repeat_interleave(sizes)
             _init_uniform(module.input_weight, bounds.unsqueeze(1))
             _init_uniform(module.input_bias, bounds)
             _init_uniform(module.hidden_bias, bounds)
             for weight in module.hidden_weights:
                 init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
         elif isinstance(module, MopBlock):
-            sizes = torch.tensor(module.unit_sizes)
+            sizes = torch.tensor(module.unit_sizes, dtype=torch.long)
             _init_uniform(module.output_weight, sizes.pow(-0.5).repeat_interleave(sizes))
             _init_uniform(module.output_bias, sizes.pow(-0.5).unsqueeze(1))
             if self.config.expert_norm == "layernorm":

@@ -92,9 +92,9 @@ class FlatVision(nn.Module):
         super().__init__()
         self.width = config.view_size**2 * sum(config.cell_values)
         self.cell_values = config.cell_values
-        self.register_buffer("offsets", torch.tensor(self.index_buffers()["offsets"]), persistent=False)
+        self.register_buffer("offsets", torch.tensor(self.constants()["offsets"]), persistent=False)
 
-    def index_buffers(self) -> dict[str, list[int]]:
+    def constants(self) -> dict[str, list[int]]:
         """Values of the buffer that is not saved: the first feature of each code of each cell."""
         starts = _starts(self.cell_values)
         return {
@@ -125,9 +125,9 @@ class BowConvFilmVision(nn.Module):
         self.convolutions = nn.ModuleList([nn.Conv2d(width, width, 3, padding=1) for _ in range(2)])
         self.modulations = nn.ModuleList([nn.Linear(config.mission_dim, 2 * width) for _ in range(2)])
         self.cell_values = config.cell_values
-        self.register_buffer("offsets", torch.tensor(self.index_buffers()["offsets"]), persistent=False)
+        self.register_buffer("offsets", torch.tensor(self.constants()["offsets"]), persistent=False)
 
-    def index_buffers(self) -> dict[str, list[int]]:
+    def constants(self) -> dict[str, list[int]]:
         """Values of the buffer that is not saved: the first row of the embeddings of objects, colours and states."""
         return {"offsets": _starts(self.cell_values)}
 

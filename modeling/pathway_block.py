@@ -47,15 +47,23 @@ class MopBlock(nn.Module):
         self.output_weight = nn.Parameter(torch.empty(config.intermediate_dim, units))
         self.output_bias = nn.Parameter(torch.empty(len(self.unit_sizes), config.intermediate_dim))
         self.norm = nn.LayerNorm(config.intermediate_dim)
-        for name, values in self.index_buffers().items():
-            self.register_buffer(name, torch.tensor(values, dtype=torch.long), persistent=False)
+        for name, values in self.constants().items():
+            self.register_buffer(name, torch.tensor(values), persistent=False)
 
-    def index_buffers(self) -> dict[str, list[int]]:
-        """Values of the buffers that are not saved: the expert of each unit, and which experts recur or skip."""
+    def constants(self) -> dict[str, list]:
+        """Values of the buffers that are not saved.
+
+        `unit_of_expert` `(experts, units)` is one where a unit is of an expert, `recurrent_experts` picks the columns
+        of those with parameters, and `is_skip` those without. Products with them are faster than indexing, both ways.
+        """
+        pick = [[float(index == expert) for index in range(len(self.sizes))] for expert in range(len(self.sizes))]
+        recurrent = [expert for expert, size in enumerate(self.sizes) if size]
         return {
-            "expert_of_unit": [index for index, size in enumerate(self.sizes) for _ in range(size)],
-            "recurrent_index": [index for index, size in enumerate(self.sizes) if size],
-            "skip_index": [index for index, size in enumerate(self.sizes) if not size],
+            "unit_of_expert": [
+                [row[expert] for expert in recurrent for _ in range(self.sizes[expert])] for row in pick
+            ],
+            "recurrent_experts": [[row[expert] for expert in recurrent] for row in pick],
+            "is_skip": [[float(size == 0)] for size in self.sizes],
         }
 
     def state_names(self, layer: int) -> dict[str, tuple[int, int]]:
@@ -128,11 +136,10 @@ class MopBlock(nn.Module):
         if weights is None:
             return nn.functional.linear(units, self.output_weight, self.output_bias[0])
         weights = weights.to(x.dtype)
-        mixed = nn.functional.linear(units * weights[..., self.expert_of_unit], self.output_weight)
+        mixed = nn.functional.linear(units * (weights @ self.unit_of_expert), self.output_weight)
         if 0 not in self.sizes:
             return mixed + weights @ self.output_bias
-        skipped = weights[..., self.skip_index].sum(dim=-1, keepdim=True)
-        return mixed + weights[..., self.recurrent_index] @ self.output_bias + skipped * x
+        return mixed + weights @ self.recurrent_experts @ self.output_bias + weights @ self.is_skip * x
 
     def _published(self, x: torch.Tensor, options: PathwayOptions):
         """The published recurrence: routers run over the batch, experts over all steps of all sequences in a row.
@@ -143,7 +150,7 @@ class MopBlock(nn.Module):
         raw, used = self._route(_run_gru(rows, self.gru.gru_weights(0)), options)
         steps = rows.flatten(0, 1)
         units = []
-        for position, expert in enumerate(self.recurrent_index.tolist()):
+        for position, expert in enumerate([index for index, size in enumerate(self.sizes) if size]):
             active = used.flatten(0, 1)[:, expert] > 0
             states = _run_gru(steps[active].unsqueeze(1), self.gru.gru_weights(1 + position)).squeeze(1)
             size = self.unit_sizes[position]

@@ -76,19 +76,12 @@ class PackedGru(nn.Module):
         """
         if eager:
             return self._eager(inputs, state, keep)
-        # What the reset and update gates add to their sums does not depend on the state, so it joins the input's.
-        constant = self.hidden_bias * self.hidden_bias.new_tensor([1.0, 1.0, 0.0]).unsqueeze(1)
-        bias = (self.input_bias + constant).flatten()
-        projected = nn.functional.linear(inputs, self.input_weight.flatten(0, 1), bias)
+        weight, bias = self.input_weight.flatten(0, 1), self.input_bias.flatten()
+        projected = nn.functional.linear(inputs, weight, bias).to(state.dtype).unflatten(-1, (3, self.width))
         with torch.autocast(inputs.device.type, enabled=False):
-            return _Recurrence.apply(
-                projected.to(state.dtype).unflatten(-1, (3, self.width)),
-                state,
-                keep,
-                self.hidden_bias[CANDIDATE],
-                torch.is_grad_enabled(),
-                *self.hidden_weights,
-            )
+            if torch.is_grad_enabled():
+                return _Recurrence.apply(projected, state, keep, self.hidden_bias, *self.hidden_weights)
+            return _run_steps(projected, state, keep, self.hidden_bias, self.hidden_weights)[0]
 
     def _eager(self, inputs: torch.Tensor, state: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
         weights = [self.gru_weights(index) for index in range(len(self.sizes))]
@@ -104,43 +97,42 @@ class PackedGru(nn.Module):
         return torch.stack(states)
 
 
+def _run_steps(projected, state, keep, hidden_bias, hidden_weights, with_gradient: bool = False):
+    """The steps of packed GRUs from projected inputs `(time, batch, 3, width)`.
+
+    Returns:
+        The states `(time, batch, width)` and, if `with_gradient`, what backward needs: the reset and update gates, the
+        candidates, the candidates' recurrent parts, and the states that each step started from.
+    """
+    time, batch, _, width = projected.shape
+    sizes = [weight.shape[1] for weight in hidden_weights]
+    weights = [weight.t() for weight in hidden_weights]
+    biases = [bias.flatten() for bias in hidden_bias.split(sizes, dim=1)]
+    states = projected.new_empty(time, batch, width)
+    saved = []
+    for step, current in enumerate(projected.unbind()):
+        if keep is not None:
+            state = state * keep[step]
+        products = [
+            torch.addmm(bias, part, weight).view(batch, 3, -1)
+            for bias, part, weight in zip(biases, state.split(sizes, dim=1), weights, strict=True)
+        ]
+        hidden = torch.cat(products, dim=2)
+        gates = (current[:, :CANDIDATE] + hidden[:, :CANDIDATE]).sigmoid_()
+        candidate = torch.addcmul(current[:, CANDIDATE], gates[:, RESET], hidden[:, CANDIDATE]).tanh_()
+        if with_gradient:
+            saved.append((gates, candidate, hidden[:, CANDIDATE], state))
+        state = torch.lerp(candidate, state, gates[:, UPDATE], out=states[step])
+    return states, [torch.stack(values) for values in zip(*saved, strict=True)]
+
+
 class _Recurrence(torch.autograd.Function):
-    """The steps of packed GRUs from projected inputs `(time, batch, 3, width)`."""
+    """The same steps, with a backward that forms each weight's gradient by one product."""
 
     @staticmethod
-    def forward(ctx, projected, state, keep, candidate_bias, with_gradient, *hidden_weights):
-        time, batch, _, width = projected.shape
-        sizes = [weight.shape[1] for weight in hidden_weights]
-        transposed = [weight.t() for weight in hidden_weights]
-        biases = [
-            nn.functional.pad(bias, (CANDIDATE * size, 0))
-            for bias, size in zip(candidate_bias.split(sizes), sizes, strict=True)
-        ]
-        # Without a gradient one row of memory serves all steps.
-        rows = time if with_gradient else 1
-        gates = projected.new_empty(rows, batch, 2, width)
-        candidates, hidden_candidates, previous = projected.new_empty(3, rows, batch, width).unbind()
-        states = projected.new_empty(time, batch, width)
-        for step, current in enumerate(projected.unbind()):
-            row = step if with_gradient else 0
-            if keep is not None:
-                state = torch.mul(state, keep[step], out=previous[row])
-            elif with_gradient:
-                previous[row].copy_(state)
-            products = [
-                torch.addmm(bias, part, weight).view(batch, 3, -1)
-                for bias, part, weight in zip(biases, state.split(sizes, dim=1), transposed, strict=True)
-            ]
-            hidden = torch.cat(products, dim=2)
-            gate = torch.add(current[:, :CANDIDATE], hidden[:, :CANDIDATE], out=gates[row]).sigmoid_()
-            if with_gradient:
-                hidden_candidates[row].copy_(hidden[:, CANDIDATE])
-            candidate = torch.addcmul(
-                current[:, CANDIDATE], gate[:, RESET], hidden[:, CANDIDATE], out=candidates[row]
-            ).tanh_()
-            state = torch.lerp(candidate, state, gate[:, UPDATE], out=states[step])
-        if with_gradient:
-            ctx.save_for_backward(keep, gates, candidates, hidden_candidates, previous, *hidden_weights)
+    def forward(ctx, projected, state, keep, hidden_bias, *hidden_weights):
+        states, saved = _run_steps(projected, state, keep, hidden_bias, hidden_weights, with_gradient=True)
+        ctx.save_for_backward(keep, *saved, *hidden_weights)
         return states
 
     @staticmethod
@@ -179,9 +171,9 @@ class _Recurrence(torch.autograd.Function):
             for product, part in zip(grad_hidden, previous.split(sizes, dim=2), strict=True)
         ]
         grad_projected = torch.cat(grad_hidden, dim=3)
-        grad_bias = grad_projected[:, :, CANDIDATE].sum(dim=(0, 1))
+        grad_bias = grad_projected.sum(dim=(0, 1))
         torch.mul(grad_steps, candidate_factor, out=grad_projected[:, :, CANDIDATE])
-        return grad_projected, carried, None, grad_bias, None, *grad_weights
+        return grad_projected, carried, None, grad_bias, *grad_weights
 
 
 __all__ = ["PackedGru"]

@@ -45,7 +45,7 @@ def load_published_state_dict(policy: MopForActionPrediction, state_dict: dict[s
     fill_linear(policy.model.input_projection, "input_layer")
     for layer, block in enumerate(policy.model.blocks):
         prefix = f"blocks.{layer}.hmoe"
-        experts = [f"{prefix}.experts.{index}" for index in block.recurrent_index.tolist()]
+        experts = [f"{prefix}.experts.{index}" for index, size in enumerate(block.sizes) if size]
         for index, name in enumerate([f"{prefix}.router", *experts]):
             weights = block.gru.gru_weights(index)
             for weight, part in zip(weights, GRU_NAMES, strict=True):
