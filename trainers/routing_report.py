@@ -15,16 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from string import Template
 
-import plotly.io as pio
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from plotly.offline import get_plotlyjs
 
 from ..modeling.routing_statistics import (
     expert_counts,
     token_entropies,
 )
+from .report_page import HOVER, LAYOUT, PALETTE, count, plot, rgba, section, write_page
 from .routes import Routes
 
 
@@ -87,44 +86,6 @@ def route_links(routes: Routes) -> dict[tuple, Counter]:
     return dict(links)
 
 
-# The colours of up to ten experts; more are computed.
-PALETTE = "4e79a7 f28e2b 59a14f e15759 76b7b2 b07aa1 edc948 9c755f ff9da7 86bcb6"
-LAYOUT = {
-    "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#333"},
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "hoverlabel": {"align": "left", "bgcolor": "white", "bordercolor": "#bbb", "font": {"color": "#222"}},
-}
-HOVER = "%{customdata}<extra></extra>"
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>Routes through $model</title>
-<style>
-body { margin: 0; background: #f6f6f4; color: #333; font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 28px 20px 60px; }
-h1 { font-size: 26px; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 18px; font-weight: 600; margin: 0; }
-p { margin: 4px 0 10px; color: #666; }
-section { background: #fff; border: 1px solid #e4e4e0; border-radius: 8px; padding: 18px 20px; margin-top: 20px; }
-blockquote { margin: 14px 0 0; padding-left: 12px; border-left: 3px solid #d5d5d0; max-height: 6em; overflow: auto;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-select { font: inherit; max-width: 22em; }
-</style>
-<script>$plotly</script>
-</head>
-<body>
-<main>
-<h1>Routes through $model</h1>
-<p>$facts</p>
-<blockquote>$text</blockquote>
-$sections
-</main>
-</body>
-</html>
-""")
 FOLLOW = Template("""<label>Follow <select id="follow"><option value="-1">all tokens</option>$options</select></label>
 <script>
 document.getElementById("follow").addEventListener("change", event => {
@@ -152,14 +113,14 @@ def write_report(routes: Routes, path: str | Path, layers: range | None = None, 
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}: the diagram needs at least one token.")
     shown = replace(routes, tokens=routes.tokens[:max_tokens])
-    count, numbers = len(routes.tokens), [layer.layer for layer in routes.layers]
+    total, numbers = len(routes.tokens), [layer.layer for layer in routes.layers]
     span = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"number {numbers[0]}"
-    which = f"the first {max_tokens} of {count} tokens" if count > max_tokens else f"the {_count(count, 'token')}"
+    which = f"the first {max_tokens} of {total} tokens" if total > max_tokens else f"the {count(total, 'token')}"
     facts = [
-        _count(count, "token")
-        + (f" (the beginning of a text of {routes.num_text_tokens})" if count < routes.num_text_tokens else ""),
-        f"{_count(len(numbers), 'layer')} with experts ({span})",
-        f"{_count(routes.num_experts, 'expert')} each, {routes.layers[0].indices.shape[1]} per token",
+        count(total, "token")
+        + (f" (the beginning of a text of {routes.num_text_tokens})" if total < routes.num_text_tokens else ""),
+        f"{count(len(numbers), 'layer')} with experts ({span})",
+        f"{count(routes.num_experts, 'expert')} each, {routes.layers[0].indices.shape[1]} per token",
     ]
     sections = [
         _routes_section(shown, which),
@@ -179,33 +140,12 @@ def write_report(routes: Routes, path: str | Path, layers: range | None = None, 
     if any(layer.steps is not None for layer in routes.layers):
         sentence = f"The recurrences that the experts of a token ran, averaged over its experts, for {which}."
         sections.append(_section("Recurrence steps", sentence, _steps_figure(shown)))
-    page = PAGE.substitute(
-        model=html.escape(routes.model_name),
-        plotly=get_plotlyjs(),
-        facts=html.escape(" · ".join(facts)),
-        text=html.escape("".join(routes.tokens)),
-        sections="\n".join(sections),
-    )
-    Path(path).write_text(page, encoding="utf-8")
+    text = f"<blockquote>{html.escape(''.join(routes.tokens))}</blockquote>"
+    write_page(path, f"Routes through {routes.model_name}", facts, sections, introduction=text)
 
 
 def _section(title: str, sentence: str, figure: dict, extra: str = "") -> str:
-    # The narrowest width at which the figure can be read is ours, not plotly's: below it, the section scrolls.
-    width = figure["layout"].pop("minwidth", 0)
-    plot = pio.to_html(
-        figure,
-        full_html=False,
-        include_plotlyjs=False,
-        # A plotly that does not know an attribute then leaves it out.
-        validate=False,
-        div_id=title.lower().replace(" ", "-"),
-        default_height=f"{figure['layout']['height']}px",
-        config={"displayModeBar": False, "responsive": True},
-    )
-    return (
-        f"<section><h2>{title}</h2><p>{html.escape(sentence)}</p>{extra}"
-        f'<div class="wide"><div style="min-width: {width}px">{plot}</div></div></section>'
-    )
+    return section(title, sentence, extra, plot(title, figure))
 
 
 def _routes_section(routes: Routes, which: str) -> str:
@@ -217,7 +157,7 @@ def _routes_section(routes: Routes, which: str) -> str:
         options="".join(f'<option value="{position}">{label}</option>' for position, label in enumerate(labels)),
         tokens=json.dumps([list(widths) for widths in links.values()]),
         calm=json.dumps(figure["data"][0]["link"]["color"]),
-        strong=json.dumps([_rgba(colours[target[1]], 0.85) for _, target in links]),
+        strong=json.dumps([rgba(colours[target[1]], 0.85) for _, target in links]),
     )
     sentence = (
         f"Where {which} go, from the text on the left through the numbered experts of each layer; a band is as wide "
@@ -250,7 +190,7 @@ def _sankey_figure(routes: Routes, links: dict[tuple, Counter], colours: list[st
         "source": [number[source] for source, _ in links],
         "target": [number[target] for _, target in links],
         "value": [widths.total() for widths in links.values()],
-        "color": [_rgba(colours[target[1]], 0.35) for _, target in links],
+        "color": [rgba(colours[target[1]], 0.35) for _, target in links],
         "customdata": [
             f"{names[source]} → {names[target]}{_widths_hover(routes, widths)}"
             for (source, target), widths in links.items()
@@ -300,8 +240,8 @@ def _load_figure(routes: Routes) -> dict:
         total, counts = layer.indices.numel(), expert_counts(layer.indices, layer.logits.shape[-1]).tolist()
         hover.append(
             [
-                f"layer {layer.layer}, expert {expert}<br>{count} of {total} assignments, {count / total:.1%}"
-                for expert, count in enumerate(counts)
+                f"layer {layer.layer}, expert {expert}<br>{number} of {total} assignments, {number / total:.1%}"
+                for expert, number in enumerate(counts)
             ]
         )
     figure = _heatmap(_load_matrix(routes), hover, routes, [str(expert) for expert in range(routes.num_experts)])
@@ -397,15 +337,11 @@ def _token_hover(routes: Routes, position: int) -> str:
 
 
 def _widths_hover(routes: Routes, widths: Counter, limit: int = 12) -> str:
-    lines = [f"<br>weight {widths.total():.2f} from {_count(len(widths), 'token')}"]
+    lines = [f"<br>weight {widths.total():.2f} from {count(len(widths), 'token')}"]
     lines += [f"{_token_label(routes, position)}: {width:.2f}" for position, width in widths.most_common(limit)]
     if len(widths) > limit:
         lines.append(f"and {len(widths) - limit} more")
     return "<br>".join(lines)
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("" if number == 1 else "s")
 
 
 def _expert_colours(count: int) -> list[str]:
@@ -415,8 +351,3 @@ def _expert_colours(count: int) -> list[str]:
     # Steps of the golden angle keep neighbours apart, however many there are.
     colours = (colorsys.hls_to_rgb(0.381966 * i % 1, 0.52 if i % 2 else 0.64, 0.45) for i in range(count))
     return ["".join(f"{round(255 * channel):02x}" for channel in rgb) for rgb in colours]
-
-
-def _rgba(colour: str, alpha: float) -> str:
-    red, green, blue = bytes.fromhex(colour)
-    return f"rgba({red},{green},{blue},{alpha})"
