@@ -221,6 +221,11 @@ class MopForActionPrediction(MopPreTrainedModel):
         self._encoded_missions: tuple[tuple, dict[str, torch.Tensor]] = ((), {})
         self.post_init()
 
+    def train(self, mode: bool = True):
+        """As in any module. Encoded missions are forgotten: fused optimizers change weights without a new version."""
+        self._encoded_missions = ((), {})
+        return super().train(mode)
+
     def initial_state(self, batch_size: int) -> MopState:
         """A fresh state of `batch_size` sequences."""
         return self.model.initial_state(batch_size)
@@ -323,7 +328,7 @@ class MopForActionPrediction(MopPreTrainedModel):
         Args:
             images (`numpy.ndarray` of shape `(batch, side, side, 3)`): Their images.
             directions (`numpy.ndarray` of shape `(batch,)`): Where their agents face.
-            missions (`list[str]`): Their missions, which are encoded once as long as the encoder does not change.
+            missions (`list[str]`): Their missions; in evaluation mode, each is encoded once.
             state ([`MopState`], *optional*): The state before this step; a fresh one if unset.
             kwargs: Further arguments of `forward`; a `reset_mask` has the shape `(batch, 1)`.
 
@@ -341,6 +346,8 @@ class MopForActionPrediction(MopPreTrainedModel):
 
     def _mission_embeddings(self, missions: list[str]) -> torch.Tensor:
         encoder = self.encoder.mission
+        if self.training:
+            return encoder(*encoder.prepare(missions).values())
         version = tuple((parameter.data_ptr(), parameter._version) for parameter in encoder.parameters())
         if self._encoded_missions[0] != version:
             self._encoded_missions = (version, {})

@@ -12,8 +12,7 @@ from .babyai import Observations
 
 class PolicyActor:
     """
-    Chooses actions step by step, without gradient. Each mission is encoded once, so that an actor is good for as long
-    as the policy's weights stay as they are.
+    Chooses actions step by step, without gradient.
 
     Args:
         policy ([`MopForActionPrediction`]): In evaluation mode.
@@ -42,12 +41,7 @@ class PolicyActor:
             "output_router_weights": with_routing,
         }
         self.router_weights: tuple[torch.Tensor, ...] = ()  # of each layer (batch, experts)
-        # Not the policy's own cache: it tells weights apart by their version, which fused optimizers leave alone.
-        self._known: dict[str, torch.Tensor] = {}
-        self._missions: list[str] = []
-        self._embedded: torch.Tensor | None = None  # (batch, mission)
 
-    @torch.no_grad()
     def __call__(
         self, observations: Observations, is_fresh: np.ndarray, state: MopState
     ) -> tuple[np.ndarray, MopState]:
@@ -60,14 +54,12 @@ class PolicyActor:
         Returns:
             Actions int64 `(batch,)`, and the state after this step.
         """
-        device = self.policy.device
-        outputs = self.policy(
-            images=torch.from_numpy(observations.images)[:, None].to(device),
-            directions=torch.from_numpy(observations.directions)[:, None].to(device),
-            mission_index=torch.arange(len(observations), device=device)[:, None],
-            mission_embeddings=self._embed(observations.missions),
-            reset_mask=torch.from_numpy(is_fresh)[:, None].to(device),
-            state=state,
+        outputs = self.policy.step(
+            observations.images,
+            observations.directions,
+            observations.missions,
+            state,
+            reset_mask=torch.from_numpy(is_fresh)[:, None].to(self.policy.device),
             **self.options,
         )
         self.router_weights = tuple(weights[:, 0] for weights in outputs.router_weights or ())
@@ -77,14 +69,3 @@ class PolicyActor:
         # The largest of logits plus Gumbel noise is a sample of their softmax.
         noise = self.generator.gumbel(size=tuple(logits.shape))
         return (logits.cpu().numpy() + noise).argmax(-1), outputs.state
-
-    def _embed(self, missions: list[str]) -> torch.Tensor:
-        """The encoded missions, `(batch, mission)`; most steps have those of the step before."""
-        if missions != self._missions:
-            missing = [mission for mission in dict.fromkeys(missions) if mission not in self._known]
-            if missing:
-                encoded = self.policy.encoder.mission(*self.policy.prepare_missions(missing).values())
-                self._known.update(zip(missing, encoded, strict=True))
-            self._missions = list(missions)
-            self._embedded = torch.stack([self._known[mission] for mission in missions])
-        return self._embedded

@@ -310,6 +310,17 @@ def test_missions_are_encoded_anew_after_an_update():
     assert not torch.equal(policy.step(observation["image"][None], np.zeros(1), ["open the door"]).logits, first)
 
 
+def test_missions_are_encoded_anew_after_a_fused_optimizer_which_leaves_no_trace():
+    policy = build()
+    step = (np.ones((1, 7, 7, 3)), np.zeros(1), ["open the door"])
+    first = policy.step(*step).logits
+    policy.train()
+    optimizer = torch.optim.AdamW(policy.encoder.mission.parameters(), lr=0.1, fused=True)
+    policy(**observe(policy)).logits.square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(policy.eval().step(*step).logits, first)
+
+
 def test_missions_differ_by_their_words():
     policy = build()
     embeddings = policy.encoder.mission(**policy.prepare_missions(MISSIONS))
