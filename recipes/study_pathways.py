@@ -1,0 +1,120 @@
+"""Which biases make pathways form? One architecture trained on several levels in five ways, each with several seeds.
+
+python recipes/study_pathways.py --config recipes/babyai/study.yaml --num_seeds 3 --jobs 2 --output_dir study
+
+The biases are those of Cook, Akarca, Costa and Achterberg (arXiv 2506.02813): a price on large experts (alpha above 0),
+that price divided by the task's loss, and dropout of experts of little weight. How hard a level is comes from runs of
+one small expert on that level alone. Runs that have finished are kept, so that an interrupted study goes on where it
+stopped. Options that are not known here go to `recipes/train_babyai.py`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+RECIPES = Path(__file__).resolve().parent
+FREE, PAID = ["--routing_cost_coef", "0"], ["--routing_cost_coef"]
+# The values of the paper's own code, where they are of the same unit.
+DROPOUT = ["--expert_dropout_max_prob", "0.8", "--expert_dropout_threshold", "0.1"]
+KEPT = ["--expert_dropout_max_prob", "0"]
+SCALED, PLAIN = ["--scale_cost_by_performance", "true"], ["--scale_cost_by_performance", "false"]
+ARMS = {
+    "none": (FREE, PLAIN, KEPT),
+    "cost": (PAID, PLAIN, KEPT),
+    "cost, scaled": (PAID, SCALED, KEPT),
+    "cost, dropout": (PAID, PLAIN, DROPOUT),
+    "cost, scaled, dropout": (PAID, SCALED, DROPOUT),
+}
+# What a bias changes is the second of these ways against the first.
+CONTRASTS = {
+    "routing cost": ("none", "cost"),
+    "scaling by performance": ("cost", "cost, scaled"),
+    "scaling by performance, with dropout": ("cost, dropout", "cost, scaled, dropout"),
+    "expert dropout": ("cost", "cost, dropout"),
+    "expert dropout, with scaling": ("cost, scaled", "cost, scaled, dropout"),
+    "all three": ("none", "cost, scaled, dropout"),
+}
+MEASURES = {
+    "success": "success on held-out episodes",
+    "complexity": "learned pathway complexity, share of the largest possible",
+    "distinctness": "how far apart the levels' pathways are, bits",
+    "consistency": "correlation of the levels' pathways with those of the other seeds",
+    "self_sufficiency": "success without experts of a weight below the threshold, over success with all",
+    "lesion": "success without the largest expert of each layer, over success with all",
+    "difficulty": "rank correlation of complexity with difficulty",
+}
+
+
+def main() -> None:
+    """Trains what is missing, measures, prints, draws and saves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=str(RECIPES / "babyai/study.yaml"), help="YAML of the training")
+    parser.add_argument("--num_seeds", type=int, default=3, help="runs of each way, at least 2")
+    parser.add_argument("--routing_cost_coef", type=float, default=0.03, help="alpha, where it is above 0")
+    parser.add_argument("--difficulty_steps", type=int, default=1000, help="updates of the runs on one level")
+    parser.add_argument("--difficulty_threshold", type=float, default=0.4, help="loss that counts as learned")
+    parser.add_argument("--weight_threshold", type=float, default=0.1, help="weight below which experts are dropped")
+    parser.add_argument("--num_episodes", type=int, default=128, help="held-out episodes of each level")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, on one core each")
+    parser.add_argument("--output_dir", default="study", help="folder of the runs and of study.json")
+    arguments, options = parser.parse_known_args()
+    if arguments.num_seeds < 2:
+        parser.error(f"--num_seeds is {arguments.num_seeds}: consistency is between at least 2.")
+    folder = Path(arguments.output_dir)
+    runs = planned_runs(folder, arguments)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for _ in pool.map(lambda run: train(run[0], [*run[1], *options], arguments.config), runs.items()):
+            pass
+    rows = measure(folder, arguments)
+    (folder / "study.json").write_text(json.dumps({"settings": vars(arguments), "rows": rows}, indent=2))
+    print_table(rows)
+    print_contrasts(rows)
+    draw(rows, folder / "study.png")
+    print(f"Figures: {folder / 'study.json'} and {folder / 'study.png'}; the policies are beside them.")
+
+
+def levels_of(config: str) -> list[str]:
+    """The levels that the configuration names."""
+    import yaml
+
+    return yaml.safe_load(Path(config).read_text(encoding="utf-8"))["env_id"]
+
+
+def planned_runs(folder: Path, arguments) -> dict[Path, list[str]]:
+    """Folder and options of every run."""
+    runs = {}
+    for seed in range(arguments.num_seeds):
+        for name, parts in ARMS.items():
+            chosen = [option for part in parts for option in part]
+            if PAID is parts[0]:
+                chosen.insert(1, str(arguments.routing_cost_coef))
+            runs[run_folder(folder, name, seed)] = [*chosen, "--seed", str(seed)]
+        for level in levels_of(arguments.config):
+            alone = ["--env_id", level, "--mop_layers", "64", "--max_steps", str(arguments.difficulty_steps)]
+            runs[run_folder(folder, level, seed)] = [*alone, *FREE, *KEPT, "--seed", str(seed)]
+    return runs
+
+
+def run_folder(folder: Path, name: str, seed: int) -> Path:
+    """Where a run is: by the name of its way or level, and its seed."""
+    return folder / f"{name.replace(', ', '_')}-{seed}"
+
+
+def train(run: Path, options: list[str], config: str) -> None:
+    """Trains on one core unless it has been; what it prints goes to a file beside the run."""
+    if (run / "eval_results.json").exists():
+        return
+    print(f"training {run.name}", flush=True)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    log = run.parent / f"{run.name}.log"
+    line = [sys.executable, str(RECIPES / "train_babyai.py"), "--config", config, "--output_dir", str(run)]
+    with open(log, "w", encoding="utf-8") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        line += ["--overwrite_output_dir", *options]
+        if subprocess.run(line, stdout=file, stderr=file, env=environment).returncode:
+            raise SystemExit(f"{' '.join(line)} failed; see {log}")
