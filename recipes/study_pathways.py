@@ -2,8 +2,8 @@
 
 python recipes/study_pathways.py --config recipes/babyai/study.yaml --num_seeds 3 --jobs 2 --output_dir study
 
-The biases are those of Cook, Akarca, Costa and Achterberg (arXiv 2506.02813): a price on large experts (alpha above 0),
-that price divided by the task's loss, and dropout of experts of little weight. How hard a level is comes from runs of
+The biases are those of Cook, Akarca, Costa and Achterberg (arXiv 2506.02813): a price on large experts, alpha above 0;
+that price divided by the task's loss; and dropout of experts of little weight. How hard a level is comes from runs of
 one small expert on that level alone. Runs that have finished are kept, so that an interrupted study goes on where it
 stopped. Options that are not known here go to `recipes/train_babyai.py`.
 """
@@ -118,3 +118,146 @@ def train(run: Path, options: list[str], config: str) -> None:
         line += ["--overwrite_output_dir", *options]
         if subprocess.run(line, stdout=file, stderr=file, env=environment).returncode:
             raise SystemExit(f"{' '.join(line)} failed; see {log}")
+
+
+def measure(folder: Path, arguments) -> list[dict]:
+    """A row of the measures for each way and seed."""
+    from mixturekit.trainers.pathway_analysis import (
+        TrainingRun,
+        expert_use,
+        learned_pathway_complexity,
+        pathway_distinctness,
+        rank_correlation,
+        task_difficulty,
+    )
+
+    levels, seeds = levels_of(arguments.config), range(arguments.num_seeds)
+    alone = [TrainingRun.read(run_folder(folder, level, seed)) for level in levels for seed in seeds]
+    difficulty = task_difficulty(alone, arguments.difficulty_threshold)
+    rows = []
+    for name in ARMS:
+        profiles = []
+        for seed in seeds:
+            records, shares = play(run_folder(folder, name, seed), levels, arguments)
+            use, complexity = expert_use(records, "task"), learned_pathway_complexity(records)
+            profiles.append(use)
+            pairs = [(complexity[level]["share"], difficulty[level]["difficulty"]) for level in levels]
+            rows.append(
+                {
+                    "way": name,
+                    "seed": seed,
+                    "complexity": statistics.mean(share for share, _ in pairs),
+                    "distinctness": pathway_distinctness(use)["divergence"],
+                    "difficulty": rank_correlation(*zip(*pairs, strict=True)),
+                    "complexity_by_level": {level: complexity[level]["share"] for level in levels},
+                    "difficulty_by_level": {level: difficulty[level] for level in levels},
+                    **shares,
+                }
+            )
+        for row, value in zip(rows[-len(profiles) :], consistency(profiles), strict=True):
+            row["consistency"] = value
+    return rows
+
+
+def play(run: Path, levels: list[str], arguments):
+    """Every step of one policy's held-out episodes, its success, and the share of it that is left without experts."""
+    import torch
+
+    from mixturekit.modeling import MopForActionPrediction
+    from mixturekit.trainers.pathway_analysis import record_pathways
+    from mixturekit.trainers.policy_evaluation import HeldOutEpisodes, PlayOptions
+
+    torch.set_num_threads(1)
+    policy = MopForActionPrediction.from_pretrained(run).eval()
+    records = record_pathways(policy, levels, arguments.num_episodes, progress=run.name)
+    success = statistics.mean(episode.success for episode in records.episodes)
+    held_out = HeldOutEpisodes(levels, arguments.num_episodes, records.episodes[0].seed)
+    ways = {
+        "self_sufficiency": PlayOptions(weight_threshold=arguments.weight_threshold),
+        "lesion": PlayOptions(lesion_largest=True),
+    }
+    left = {name: held_out.play(policy, way)[-1]["success"] for name, way in ways.items()}
+    shares = {name: value / success if success else None for name, value in left.items()}
+    return records, {"success": success, **shares}
+
+
+def consistency(profiles: list) -> list[float | None]:
+    """For each seed, how its use of experts by level correlates with that of the others, their means taken away."""
+    from mixturekit.trainers.pathway_analysis import routing_consistency
+
+    means = []
+    for profile in profiles:
+        pairs = [routing_consistency([profile, other])["layers"][-1] for other in profiles if other is not profile]
+        values = [pair["task_specific"] for pair in pairs if pair["task_specific"] is not None]
+        means.append(statistics.mean(values) if values else None)
+    return means
+
+
+def values_of(rows: list[dict], way: str, measure_name: str) -> list[float]:
+    """What the seeds of a way have of a measure, without those that have none."""
+    return [row[measure_name] for row in rows if row["way"] == way and row[measure_name] is not None]
+
+
+def print_table(rows: list[dict]) -> None:
+    """Prints mean, lowest and highest of every measure by way."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Mean over seeds (lowest to highest)")
+    table.add_column("way")
+    for name in MEASURES:
+        table.add_column(name, justify="right")
+    for way in ARMS:
+        cells = [values_of(rows, way, name) for name in MEASURES]
+        table.add_row(way, *(summary(cell) for cell in cells))
+    console = Console()
+    if not console.is_terminal:
+        # A log has no width, and rich would take 80 columns.
+        console.width = 200
+    console.print(table)
+    for name, meaning in MEASURES.items():
+        console.print(f"{name}: {meaning}")
+
+
+def summary(values: list[float]) -> str:
+    """Mean and range as text."""
+    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "-"
+
+
+def print_contrasts(rows: list[dict]) -> None:
+    """Says what each bias changed by more than the seeds differ: all runs with it are above all without, or below."""
+    print("What each bias changed; where the runs with and without it overlap, nothing is claimed:")
+    for bias, (without, having) in CONTRASTS.items():
+        changes = []
+        for name in MEASURES:
+            before, after = values_of(rows, without, name), values_of(rows, having, name)
+            if before and after and (min(after) > max(before) or max(after) < min(before)):
+                changes.append(f"{name} {statistics.mean(before):.2f} -> {statistics.mean(after):.2f}")
+        print(f"  {bias} ({without} -> {having}): {'; '.join(changes) or 'nothing beyond the seeds'}")
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Draws every measure by way, a dot for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(MEASURES), figsize=(2.6 * len(MEASURES), 3.4), sharey=True)
+    for axis, name in zip(axes, MEASURES, strict=True):
+        for place, way in enumerate(ARMS):
+            values = values_of(rows, way, name)
+            axis.scatter(values, [place] * len(values), s=18, alpha=0.6, color=f"C{place}")
+            if values:
+                axis.scatter([statistics.mean(values)], [place], marker="|", s=220, color=f"C{place}")
+        axis.set_title(name.replace("_", " "), fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(range(len(ARMS)), list(ARMS))
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
