@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling import MoreConfig, MoreForCausalLM
@@ -24,8 +24,8 @@ _SHAPE_FIELDS = (
 )  # fmt: skip
 
 
-def check_output_dir(config: LanguageModelingConfig) -> str | None:
-    """Finds the checkpoint to resume, and refuses to overwrite a run.
+def check_output_dir(config: TrainingArguments) -> str | None:
+    """Finds the checkpoint to resume, and refuses to overwrite a run without `overwrite_output_dir`.
 
     Returns:
         The path of the checkpoint, or `None` for a new run.
@@ -43,7 +43,8 @@ def check_output_dir(config: LanguageModelingConfig) -> str | None:
             where = folder if latest else wanted
             raise FileNotFoundError(f"No checkpoint to resume in {where}; leave out --resume_from_checkpoint.")
         return checkpoint
-    has_run = folder.is_dir() and ((folder / "config.json").exists() or get_last_checkpoint(str(folder)) is not None)
+    has_model = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    has_run = folder.is_dir() and (has_model or get_last_checkpoint(str(folder)) is not None)
     if has_run and not config.overwrite_output_dir:
         raise FileExistsError(
             f"{folder} already holds a run; choose another --output_dir, continue it with "

@@ -1,0 +1,79 @@
+"""Train a language model on GSM8K with PPO: a critic on the policy's own backbone, LoRA, router replay.
+
+accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recipes/train_gsm8k_ppo.py \
+    --config recipes/gsm8k/phi_tiny_moe.yaml --output_dir out
+"""
+
+import atexit
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Parses the arguments, trains, and says where the results are."""
+    from mixturekit.trainers.gsm8k_training_config import GSM8KDataArguments, GSM8KModelArguments
+    from mixturekit.trainers.recipe_parser import parse_recipe
+
+    try:
+        from mixturekit.trainers.ppo_config import PPOConfig
+
+        arguments = parse_recipe((GSM8KModelArguments, GSM8KDataArguments, PPOConfig), description=__doc__)
+        from accelerate import PartialState
+
+        # Gloo's threads now and then abort a process that exits within its group.
+        atexit.register(lambda: PartialState().destroy_process_group())
+        train(*arguments)
+    except ImportError as error:
+        sys.exit(f"{str(error).rstrip('.')}. The extra mixturekit[rl] has what this recipe needs.")
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def train(model_arguments, arguments, config) -> None:
+    """Loads, warms up if asked to, trains, and evaluates before and after."""
+    from mixturekit.trainers.expert_adapters import memory_report
+    from mixturekit.trainers.gsm8k_training import (
+        CURVES,
+        draw_curves,
+        evaluate,
+        load_policy,
+        load_splits,
+        make_trainer,
+        warm_start,
+    )
+    from mixturekit.trainers.language_modeling import check_output_dir
+
+    checkpoint = check_output_dir(config)
+    problems, held_out = load_splits(arguments)
+    model, tokenizer = load_policy(model_arguments, problems, config)
+    main_process = config.process_index == 0
+    if main_process:
+        print(memory_report(model))
+    if arguments.warm_start_steps:
+        base = Path(config.output_dir, "warm_start")
+        if checkpoint:
+            from mixturekit.trainers.expert_adapters import load_causal_lm
+
+            model = load_causal_lm(str(base), model_arguments.dtype)
+        else:
+            model = warm_start(model, tokenizer, problems, arguments, config)
+            model.save_pretrained(base)
+            tokenizer.save_pretrained(base)
+    trainer = make_trainer(model, tokenizer, model_arguments, arguments, config, problems, held_out)
+    judge = lambda name: evaluate(trainer.model, tokenizer, held_out, arguments, config, name)  # noqa: E731
+    before = None if checkpoint else judge("eval_before")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    after = judge("eval_after")
+    if main_process:
+        draw_curves(trainer.state.log_history, Path(config.output_dir, CURVES))
+        for name, record in (("before", before), ("after", after)):
+            if record is not None:
+                low, high = (100 * record[bound] for bound in ("low", "high"))
+                print(f"Held-out exact match {name}: {100 * record['value']:.1f} % ({low:.1f} to {high:.1f})")
+        print(f"Policy, logs and completions are in {config.output_dir}; curves: {Path(config.output_dir, CURVES)}")
+
+
+if __name__ == "__main__":
+    main()

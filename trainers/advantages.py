@@ -1,0 +1,45 @@
+"""Advantages and returns of completions.
+
+Shapes: batch; time, the tokens of a completion; a mask is true for tokens that count.
+"""
+
+import torch
+from torch import Tensor
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """
+    Generalized advantage estimation (Schulman et al. 2015, arXiv 1506.02438, equation 16) of completions that end.
+
+    With `delta_t = r_t + gamma V_{t+1} - V_t`, it is `A_t = delta_t + gamma lam A_{t+1}`; nothing comes after the last
+    token.
+
+    Args:
+        rewards, values (`torch.Tensor` of shape `(batch, time)`): Of each token, and of the state before it.
+        mask (`torch.Tensor` of shape `(batch, time)`): True for a completion's tokens, which come first.
+        gamma (`float`): Discount of a token.
+        lam (`float`): 0 trusts the next state's value, 1 trusts nothing but rewards.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Advantages, and returns `A_t + V_t`, both `(batch, time)`, 0 where masked.
+    """
+    mask = mask.to(values.dtype)
+    rewards, values = rewards * mask, values * mask
+    advantages = torch.zeros_like(values)
+    following = later_value = values.new_zeros(len(values))
+    for step in reversed(range(values.shape[1])):
+        delta = rewards[:, step] + gamma * later_value - values[:, step]
+        following = (delta + gamma * lam * following) * mask[:, step]
+        advantages[:, step], later_value = following, values[:, step]
+    return advantages, advantages + values
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """`1 - Var(return - value) / Var(return)` over the tokens that count; nan where all returns are alike."""
+    values, returns = values[mask.bool()], returns[mask.bool()]
+    spread = returns.var(correction=0)
+    # Rounding leaves a little even of returns that are all the same.
+    alike = spread <= 1e-12 * returns.square().mean()
+    return torch.where(alike, torch.nan, 1 - (returns - values).var(correction=0) / spread)

@@ -1,0 +1,218 @@
+"""From arguments to a policy that has learned word problems by reinforcement: data, model, warm start, rewards."""
+
+from dataclasses import fields
+from functools import partial, update_wrapper
+from pathlib import Path
+
+import datasets
+import matplotlib
+import torch
+from transformers import PhimoeConfig, PhimoeForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from .expert_adapters import expert_lora_config, load_causal_lm
+from .gsm8k import correctness_reward, length_penalty, load_gsm8k, marker_reward, uses_chat, with_prompts
+from .gsm8k_evaluation import GSM8KEvaluation
+from .gsm8k_evaluation_config import GSM8KEvaluationArguments
+from .gsm8k_training_config import GENERATED, GSM8KDataArguments, GSM8KModelArguments
+from .ppo_config import PPOConfig
+from .ppo_trainer import PPOTrainer
+from .tokenization import load_tokenizer, train_tokenizer
+from .word_problems import generate_word_problems
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402, the backend that needs no screen comes first
+
+CURVES = "training.png"
+# What a reader of a run wants to see first, as far as it was logged.
+_SHOWN = ("reward", "kl", "entropy", "completions/mean_length", "value/explained_variance", "clip_ratio/region_mean")
+
+
+def load_splits(arguments: GSM8KDataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """
+    Problems to learn from, and others to judge by.
+
+    Raises:
+        ValueError: If the data set is a single file, which has no split of its own to judge by.
+    """
+    counts = arguments.num_train_problems, arguments.num_eval_problems
+    if arguments.train_file == GENERATED:
+        made = [
+            generate_word_problems(count, split, arguments.max_number)
+            for count, split in zip(counts, ("train", "test"), strict=True)
+        ]
+        return made[0], made[1]
+    if arguments.eval_file is None and Path(arguments.train_file).is_file():
+        raise ValueError(f"{arguments.train_file} is one file: name other problems to judge by with --eval_file.")
+    train = load_gsm8k(arguments.train_file, "train", arguments.dataset_config, counts[0])
+    return train, load_gsm8k(arguments.eval_file or arguments.train_file, "test", arguments.dataset_config, counts[1])
+
+
+def build_small_policy(problems: datasets.Dataset) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A Phi-MoE of about 0.9 million parameters, and a tokenizer trained on the problems that splits all numbers."""
+    texts = [f"{row['question']} {row['answer']}" for row in problems]
+    tokenizer = train_tokenizer(["Question: Answer: " * 20, *texts], 400)
+    tokenizer.padding_side = "left"
+    config = PhimoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+        sliding_window=None,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return PhimoeForCausalLM(config), tokenizer
+
+
+def load_policy(
+    arguments: GSM8KModelArguments, problems: datasets.Dataset, config: PPOConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The policy and its tokenizer, which pads on the left."""
+    if arguments.model_name_or_path is None:
+        torch.manual_seed(config.seed)
+        return build_small_policy(problems)
+    tokenizer = load_tokenizer(arguments.model_name_or_path)
+    tokenizer.padding_side = "left"
+    options = {"load_in_4bit": True, "device_map": {"": config.device}} if arguments.load_in_4bit else {}
+    return load_causal_lm(arguments.model_name_or_path, arguments.dtype, **options), tokenizer
+
+
+def warm_start(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: datasets.Dataset,
+    arguments: GSM8KDataArguments,
+    config: PPOConfig,
+) -> PreTrainedModel:
+    """Trains on the solutions of `problems`, with TRL's `SFTTrainer` and a loss on the solution alone."""
+    conversational = uses_chat(arguments.prompt_format, tokenizer)
+    rows = with_prompts(problems, conversational)
+    answers = [f" {answer}" for answer in rows["answer"]]
+    if conversational:
+        answers = [[{"role": "assistant", "content": answer}] for answer in rows["answer"]]
+    rows = datasets.Dataset.from_dict({"prompt": rows["prompt"], "completion": answers})
+    supervised = SFTConfig(
+        output_dir=str(Path(config.output_dir, "warm_start")),
+        max_steps=arguments.warm_start_steps,
+        per_device_train_batch_size=arguments.warm_start_batch_size,
+        learning_rate=arguments.warm_start_learning_rate,
+        warmup_steps=min(50, arguments.warm_start_steps // 10),
+        lr_scheduler_type="cosine",
+        logging_steps=50,
+        save_strategy="no",
+        report_to=[],
+        seed=config.seed,
+        use_cpu=config.use_cpu,
+        bf16=config.bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
+        disable_tqdm=config.disable_tqdm,
+        router_aux_loss_coef=0.0,
+    )
+    trainer = SFTTrainer(model, supervised, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def reward_functions(arguments: GSM8KDataArguments) -> list:
+    """The rewards that the arguments ask for, whose sum a completion gets."""
+    functions = [correctness_reward]
+    if arguments.marker_bonus:
+        functions.append(marker_reward)
+    if arguments.length_penalty_tokens is not None:
+        penalty = partial(length_penalty, max_tokens=arguments.length_penalty_tokens)
+        # TRL names its metrics by the function.
+        functions.append(update_wrapper(penalty, length_penalty))
+    return functions
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    model_arguments: GSM8KModelArguments,
+    arguments: GSM8KDataArguments,
+    config: PPOConfig,
+    train: datasets.Dataset,
+    held_out: datasets.Dataset,
+) -> GRPOTrainer:
+    """The trainer of the algorithm that is asked for."""
+    conversational = uses_chat(arguments.prompt_format, tokenizer)
+    adapter = None
+    if model_arguments.use_peft:
+        adapter = expert_lora_config(
+            model,
+            model_arguments.lora_r,
+            model_arguments.lora_alpha,
+            target_parameters=None if model_arguments.lora_experts else [],
+            lora_dropout=model_arguments.lora_dropout,
+        )
+    common = {
+        "reward_funcs": reward_functions(arguments),
+        "train_dataset": with_prompts(train, conversational),
+        "eval_dataset": with_prompts(held_out, conversational),
+        "processing_class": tokenizer,
+        "peft_config": adapter,
+    }
+    if arguments.algorithm == "ppo":
+        return PPOTrainer(model, args=config, value_head=model_arguments.value_head, **common)
+    shared = {field.name: getattr(config, field.name) for field in fields(GRPOConfig) if field.init}
+    # Derived from the others.
+    shared |= {"generation_batch_size": None}
+    return GRPOTrainer(model, args=GRPOConfig(**shared), **common)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: datasets.Dataset,
+    arguments: GSM8KDataArguments,
+    config: PPOConfig,
+    name: str,
+) -> dict:
+    """Solves the held-out problems greedily; completions and `eval_results.json` go to a folder of that name.
+
+    Returns:
+        `dict`: The record of pass@1 by exact match, `value` with its interval `low` and `high`.
+    """
+    settings = GSM8KEvaluationArguments(
+        model_name_or_path=str(config.output_dir),
+        dataset_name=arguments.eval_file or arguments.train_file,
+        max_new_tokens=config.max_completion_length,
+        batch_size=arguments.eval_batch_size,
+        prompt_format=arguments.prompt_format,
+        output_dir=str(Path(config.output_dir, name)),
+        overwrite=True,
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        report = GSM8KEvaluation(model, tokenizer, settings, held_out).run()
+    finally:
+        model.train(was_training)
+    return next(record for record in report["results"] if record["grader"] == "exact")
+
+
+def draw_curves(log_history: list[dict], path: str | Path) -> None:
+    """Draws reward, divergence from the reference and others against the update, as a PNG file."""
+    curves = {
+        name: [(entry["step"], entry[name]) for entry in log_history if entry.get(name) is not None] for name in _SHOWN
+    }
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(3.2 * len(curves), 2.9), squeeze=False)
+    for axis, (name, points) in zip(axes[0], curves.items(), strict=True):
+        axis.plot(*zip(*points, strict=True), linewidth=1.2)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("update")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
