@@ -56,7 +56,7 @@ class GSM8KDataArguments:
     dataset_config: str | None = field(default="main", metadata={"help": "Configuration of a Hub data set."})
     num_train_problems: int | None = field(default=None, metadata={"help": "The first problems only; all if unset."})
     num_eval_problems: int | None = field(default=None, metadata={"help": "The first problems only; all if unset."})
-    max_number: int = field(default=12, metadata={"help": "Of generated problems: the largest number in a question."})
+    max_number: int = field(default=9, metadata={"help": "Of generated problems: the largest number in a question."})
     prompt_format: str = field(
         default="auto", metadata={"help": "plain, chat, or auto: chat where the tokenizer has a template for it."}
     )

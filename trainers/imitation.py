@@ -44,11 +44,18 @@ def load_policy_config(arguments: PolicyArguments, levels: list[str]) -> MopConf
     config = AutoConfig.from_pretrained(path)
     if config.model_type != "mop":
         raise ValueError(f"{path} is a {config.model_type!r} checkpoint; this recipe trains 'mop' policies.")
+    wanted_type = overrides.pop("policy_type", config.policy_type)
+    # As for a new baseline, sizes that are given are those of the pathways whose number of parameters it has.
+    is_baseline = wanted_type == "gru" and "layers" in overrides
+    wanted_type = "pathways" if is_baseline else wanted_type
     # Built anew, because only the constructor checks the fields against each other.
-    changed = MopConfig(**{**config.to_dict(), **overrides, **tasks})
+    changed = MopConfig(**{**config.to_dict(), **overrides, **tasks, "policy_type": wanted_type})
+    changed = changed.matched_gru() if is_baseline else changed
     for name in _SHAPE_FIELDS:
         if getattr(changed, name) != getattr(config, name):
-            raise ValueError(f"{path} has {name}={getattr(config, name)}, which {overrides[name]} cannot replace.")
+            raise ValueError(
+                f"{path} has {name}={getattr(config, name)}, which {getattr(changed, name)} cannot replace."
+            )
     if config.task_embedding_dim and config.num_tasks != len(levels):
         raise ValueError(f"{path} has embeddings of {config.num_tasks} tasks, but there are {len(levels)} levels.")
     return changed

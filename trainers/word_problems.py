@@ -8,17 +8,16 @@ from .splits import check_split, split_of
 
 _NAMES = ("Anna", "Ben", "Clara", "David", "Ella", "Frank", "Grace", "Henry", "Ivy", "Jack")
 _THINGS = ("apples", "books", "coins", "marbles", "pencils", "shells", "stamps", "stickers")
-# The question, the operation, and the sentence that solves it.
 _STORIES = (
-    ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", "+", "{name} has"),
-    ("{name} finds {a} {things} and then {b} {things}. How many {things} does {name} find?", "+", "{name} finds"),
-    ("{name} has {a} {things} and loses {b} of them. How many {things} are left?", "-", "There are"),
-    ("{name} has {a} {things} and gives {b} to {friend}. How many {things} does {name} keep?", "-", "{name} keeps"),
+    ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", "+"),
+    ("{name} finds {a} {things} and then {b} {things}. How many {things} does {name} find?", "+"),
+    ("{name} has {a} {things} and loses {b} of them. How many {things} are left?", "-"),
+    ("{name} has {a} {things} and gives {b} to {friend}. How many {things} does {name} keep?", "-"),
 )
 
 
 def generate_word_problems(
-    num_problems: int, split: str = "train", max_number: int = 12, seed: int = 0
+    num_problems: int, split: str = "train", max_number: int = 9, seed: int = 0
 ) -> datasets.Dataset:
     """
     Draw problems of addition and subtraction. No question is in two splits; sums of small numbers are in all of them.
@@ -26,7 +25,7 @@ def generate_word_problems(
     Args:
         num_problems (`int`): How many.
         split (`str`, *optional*, defaults to `"train"`): `"train"`, `"validation"` or `"test"`.
-        max_number (`int`, *optional*, defaults to 12): The largest number in a question.
+        max_number (`int`, *optional*, defaults to 9): The largest number in a question.
         seed (`int`, *optional*, defaults to 0): The same seed gives the same problems.
 
     Returns:
@@ -43,7 +42,7 @@ def generate_word_problems(
     rng = random.Random(f"word problems {split} {seed}")
     rows = []
     while len(rows) < num_problems:
-        story, symbol, opening = _STORIES[int(rng.random() * len(_STORIES))]
+        story, symbol = _STORIES[int(rng.random() * len(_STORIES))]
         a, b = (1 + int(rng.random() * max_number) for _ in range(2))
         if symbol == "-" and b > a:
             a, b = b, a
@@ -57,11 +56,6 @@ def generate_word_problems(
         if split_of(question) != split:
             continue
         result = a + b if symbol == "+" else a - b
-        sum_text = f"{a} {symbol} {b} = <<{a}{symbol}{b}={result}>>{result}"
-        rows.append(
-            {
-                "question": question,
-                "answer": f"{opening.format(**words)} {sum_text} {words['things']}.\n#### {result}",
-            }
-        )
+        solution = f"{a} {symbol} {b} = <<{a}{symbol}{b}={result}>>{result}\n#### {result}"
+        rows.append({"question": question, "answer": solution})
     return datasets.Dataset.from_list(rows)

@@ -321,6 +321,16 @@ def test_what_cannot_be_meant_is_refused(changes, message):
         EnvironmentArguments(**changes)
 
 
+def test_a_baseline_goes_on_with_the_sizes_that_it_was_made_from(tmp_path):
+    begun = load_policy_config(PolicyArguments(policy_type="gru", mop_layers="16,32;32"), [LEVEL])
+    begun.save_pretrained(tmp_path)
+    for policy_type in ("gru", None):
+        arguments = PolicyArguments(str(tmp_path), mop_layers="16,32;32", policy_type=policy_type)
+        assert load_policy_config(arguments, [LEVEL]).layers == begun.layers
+    with pytest.raises(ValueError, match="cannot replace"):
+        load_policy_config(PolicyArguments(str(tmp_path), mop_layers="16,64;32"), [LEVEL])
+
+
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     small_policy().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has layers=\[\[0, 8\], \[4, 8\]\], which"):
