@@ -17,6 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils import CONFIG_NAME
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -299,7 +300,6 @@ class PPOTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         self._features = inputs.get("value_features")
         if self._replay is not None:
-            # Until the next rollout, because checkpointed layers are computed again in the backward pass.
             self._replay.replay(inputs["router_choices"])
         beta = self.beta
         if self.args.kl_in == "reward":
@@ -310,6 +310,20 @@ class PPOTrainer(GRPOTrainer):
             self.beta, self._features = beta, None
         (output,) = self._passes["policy"]
         return loss + self.args.value_loss_coef * self._value_loss(output.state_values, inputs, mode)
+
+    def training_step(self, *args, **kwargs):
+        """TRL's step; routers choose for themselves again only after it, since its backward pass may ask them, too."""
+        loss = super().training_step(*args, **kwargs)
+        if self._replay is not None:
+            self._replay.stop()
+        return loss
+
+    def prediction_step(self, *args, **kwargs):
+        """TRL's step of an evaluation."""
+        result = super().prediction_step(*args, **kwargs)
+        if self._replay is not None:
+            self._replay.stop()
+        return result
 
     def _value_loss(self, values: Tensor, inputs: dict, mode: str) -> Tensor:
         """Half the squared error, as in PPO2 no smaller than that of a value which has moved too far."""
@@ -362,9 +376,30 @@ class PPOTrainer(GRPOTrainer):
             save_value_head(head, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not Path(resume_from_checkpoint, CONFIG_NAME).is_file() or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_policy(resume_from_checkpoint)
         if not self.is_fsdp_enabled:
             load_value_head(self._policy.value_head, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if not Path(best, CONFIG_NAME).is_file() or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_policy(best)
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            load_value_head(self._policy.value_head, best)
+
+    def _load_policy(self, folder: str) -> None:
+        """Loads all weights but the critic's. `Trainer` itself loads by name, and misses experts, which mixtures save
+        one by one and hold fused."""
+        policy = self._policy
+        loaded = type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict()
+        missing = [name for name in policy.load_state_dict(loaded, strict=False).missing_keys if PREFIX not in name]
+        if missing:
+            raise ValueError(f"{folder} lacks {len(missing)} weights of this policy, such as {min(missing)}.")
 
     def _save_rng_state(self, output_dir: str) -> None:
         """With each process's random state goes the rollout that it is learning from."""

@@ -98,7 +98,7 @@ def says_seven(prompts, completions, **kwargs):
 def make_trainer(tokenizer, tmp_path):
     def make(model="phimoe", trainer_class=PPOTrainer, reward=repeats_first_digit, experts=True, peft=True, **options):
         config_class = PPOConfig if trainer_class is PPOTrainer else GRPOConfig
-        value_head = options.pop("value_head", None)
+        more = {name: options.pop(name) for name in ("value_head", "eval_dataset") if name in options}
         settings = {
             "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 8, "max_completion_length": 4,
             "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1, "report_to": [], "use_cpu": True,
@@ -108,7 +108,6 @@ def make_trainer(tokenizer, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = config_class(**{**settings, **options})
-        more = {} if value_head is None else {"value_head": value_head}
         model = build(model) if isinstance(model, str) else model
         if not peft:
             # TRL loads the reference from where the policy came from.
@@ -301,6 +300,18 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(make_trainer, stopped_a
         assert torch.equal(value, weights(resumed)[name]), name
     for name in ("reward", "kl", "value/loss", "beta", "loss"):
         assert logged(resumed, name)[-2:] == logged(whole, name)[-2:], name
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(make_trainer):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "greater_is_better": True}
+    trainer = make_trainer(reward=adds_up, peft=False, eval_dataset=Dataset.from_list(ROWS[:8]), **options)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    for name, value in load_file(f"{best}/value_head.safetensors").items():
+        assert torch.equal(trainer._policy.value_head.state_dict()[name], value)
+    loaded = AutoModelForCausalLM.from_pretrained(best).state_dict()
+    assert all(torch.equal(value, trainer._policy.state_dict()[name]) for name, value in loaded.items())
 
 
 def test_checkpoints_carry_the_value_head_and_load_without_it(make_trainer, tmp_path):
