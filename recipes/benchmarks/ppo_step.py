@@ -287,13 +287,25 @@ def old_trl_trainer(arguments, clock: Clock):
             self.backbone, self.score = Backbone(), torch.nn.Identity()
 
     config = PPOConfig(
-        output_dir="/tmp/ppo_step", per_device_train_batch_size=arguments.micro_batch,
-        gradient_accumulation_steps=arguments.sequences // arguments.micro_batch, num_mini_batches=1,
-        num_ppo_epochs=arguments.epochs, response_length=arguments.completion_length,
+        output_dir="/tmp/ppo_step",
+        per_device_train_batch_size=arguments.micro_batch,
+        gradient_accumulation_steps=arguments.sequences // arguments.micro_batch,
+        num_mini_batches=1,
+        num_ppo_epochs=arguments.epochs,
+        response_length=arguments.completion_length,
         local_rollout_forward_batch_size=arguments.sequences,
-        total_episodes=arguments.sequences * (1 + arguments.rollouts), learning_rate=1e-5, kl_coef=0.05, report_to=[], save_strategy="no", num_sample_generations=0, temperature=1.0,
-        gradient_checkpointing=False, bf16=clock.on_gpu, use_cpu=not clock.on_gpu, disable_tqdm=True,
-    )  # fmt: skip
+        total_episodes=arguments.sequences * (1 + arguments.rollouts),
+        learning_rate=1e-5,
+        kl_coef=0.05,
+        temperature=1.0,
+        num_sample_generations=0,
+        report_to=[],
+        save_strategy="no",
+        gradient_checkpointing=False,
+        bf16=clock.on_gpu,
+        use_cpu=not clock.on_gpu,
+        disable_tqdm=True,
+    )
     rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in prompts(arguments, 4 * arguments.sequences)]
     trainer = PPOTrainer(
         config, tokenizer, policy, None, Reward(), Dataset.from_list(rows), critic, peft_config=adapter
