@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--config", default=str(RECIPES / "babyai/study.yaml"), help="YAML of the training")
     parser.add_argument("--num_seeds", type=int, default=3, help="runs of each way, at least 2")
     parser.add_argument("--routing_cost_coef", type=float, default=0.03, help="alpha, where it is above 0")
-    parser.add_argument("--difficulty_steps", type=int, default=1000, help="updates of the runs on one level")
+    parser.add_argument("--difficulty_steps", type=int, default=600, help="updates of the runs on one level")
     parser.add_argument("--difficulty_threshold", type=float, default=0.4, help="loss that counts as learned")
     parser.add_argument("--weight_threshold", type=float, default=0.1, help="weight below which experts are dropped")
     parser.add_argument("--num_episodes", type=int, default=128, help="held-out episodes of each level")
