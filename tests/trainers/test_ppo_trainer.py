@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 from mixturekit.modeling import MoreConfig, MoreForCausalLM
 from mixturekit.trainers.expert_adapters import load_causal_lm
 from mixturekit.trainers.ppo_config import PPOConfig
-from mixturekit.trainers.ppo_trainer import SILENT_ROLLOUTS, PPOTrainer
+from mixturekit.trainers.ppo_trainer import SILENT_ROLLOUTS, PPOTrainer, _without_value_head
 
 WORDS = ["<pad>", "<s>", "</s>", *"0123456789+= "]
 ROWS = [{"prompt": f"{i % 10}+{i * 7 % 10}=", "answer": str(i % 10)} for i in range(64)]
@@ -338,6 +338,23 @@ def test_without_its_adapter_the_policy_is_the_base_model_to_the_bit(make_traine
         assert not torch.equal(model(ids).logits, expected)
         with model.disable_adapter():
             assert torch.equal(model(ids).logits, expected)
+
+
+def test_truncated_completions_can_be_left_out(make_trainer):
+    trainer = make_trainer("qwen3_moe", reward=adds_up, mask_truncated_completions=True, lam=1.0)
+    batch = rollout(trainer)
+    ended = (batch["completion_ids"] == trainer._tokenizer.eos_token_id).any(dim=1)
+    assert 0 < ended.sum() < len(ended)
+    assert torch.equal(batch["value_mask"].any(dim=1), ended)
+    assert not batch["advantages"][~ended].any() and batch["advantages"][ended].any()
+
+
+def test_a_server_of_completions_is_not_sent_the_critic(make_trainer):
+    policy = make_trainer()._policy
+    head = policy.value_head
+    with _without_value_head(policy):
+        assert not any("value_head" in name for name, _ in policy.named_parameters())
+    assert policy.value_head is head
 
 
 def test_the_balancing_loss_works_on_phi_moe(make_trainer):
