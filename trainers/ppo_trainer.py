@@ -89,7 +89,8 @@ class PPOTrainer(GRPOTrainer):
         self._passes: dict[str, list] = {}  # what the policy and the reference returned last
         self._choices: Tensor | None = None
         self._features: Tensor | None = None
-        self._rewards: Tensor | None = None
+        self._rewards: Tensor | None = None  # of all processes (batch * processes,), as is whether there are any
+        self._is_scored: Tensor | None = None
         self._silent_rollouts = 0
         self._tokens, self._counting_since = 0.0, time.perf_counter()
 
@@ -119,6 +120,7 @@ class PPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._rewards = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        self._is_scored = ~rewards.isnan().all(dim=1)
         return rewards
 
     def _generate_and_score_completions(self, inputs):
@@ -143,7 +145,8 @@ class PPOTrainer(GRPOTrainer):
     def _needs_policy_pass(self) -> bool:
         """Whether the rollout has to be scored even where TRL knows that the policy is still the one that played."""
         arguments = self.args
-        return arguments.critic_features == "policy" or arguments.kl_in == "reward" or self._replay is not None
+        needs_divergence = arguments.kl_in == "reward" or arguments.kl_target is not None
+        return arguments.critic_features == "policy" or needs_divergence or self._replay is not None
 
     def _score(self, batch: dict, mode: str) -> None:
         arguments = self.args
@@ -186,7 +189,7 @@ class PPOTrainer(GRPOTrainer):
         Advantages `(batch, time)`; the values that they come from, the returns to learn, both `(batch, states)`; which
         states have one; and how many these are in all processes.
         """
-        mask = self._loss_mask(batch).bool()
+        mask = self._loss_mask(batch).bool() & self._local(self._is_scored, batch)[:, None]
         values = self._rollout_values(batch)
         last = mask.long().sum(dim=1, keepdim=True)
         states = torch.zeros_like(values, dtype=torch.bool)
@@ -217,11 +220,10 @@ class PPOTrainer(GRPOTrainer):
         }
 
     def _rollout_values(self, batch: dict) -> Tensor:
-        if "policy" in self._passes:
-            return torch.cat([output.state_values for output in self._passes["policy"]])
-        outputs = self._passes["reference"]
+        outputs = self._passes["reference" if self.args.critic_features == "ref" else "policy"]
         if outputs[0].state_values is not None:
             return torch.cat([output.state_values for output in outputs])
+        # A reference that is a model of its own has no critic.
         with torch.no_grad():
             return self._policy.value_head(batch["value_features"])
 
@@ -231,10 +233,14 @@ class PPOTrainer(GRPOTrainer):
             return batch["advantages"]
         # The group of one says nothing about variance.
         self._metrics[mode].pop("frac_reward_zero_std", None)
-        first = self.accelerator.process_index * len(batch["prompt_ids"])
-        return self._rewards[first : first + len(batch["prompt_ids"])]
+        return self._local(self._rewards, batch)
 
-    def _token_penalty(self, batch: dict, mask: Tensor) -> Tensor | float:
+    def _local(self, gathered: Tensor, batch: dict) -> Tensor:
+        """The part of this process."""
+        first = self.accelerator.process_index * len(batch["prompt_ids"])
+        return gathered[first : first + len(batch["prompt_ids"])]
+
+    def _token_penalty(self, batch: dict, mask: Tensor) -> Tensor:
         """What the KL divergence costs each token, where it is part of the reward."""
         if self.args.kl_in == "loss":
             return torch.zeros_like(mask, dtype=torch.float32)

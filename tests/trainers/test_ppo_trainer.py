@@ -162,6 +162,33 @@ def test_a_critic_that_knows_nothing_leaves_grpos_advantages(make_trainer):
     torch.testing.assert_close(ours["advantages"], expected)
 
 
+@pytest.mark.parametrize("peft", [True, False], ids=["adapters", "all weights"])
+@pytest.mark.parametrize("features", ["policy", "ref"])
+def test_the_update_begins_with_the_values_of_the_rollout(make_trainer, features, peft):
+    trainer = make_trainer(critic_features=features, peft=peft, num_iterations=2)
+    torch.nn.init.normal_(trainer._policy.value_head.output.weight)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            # A policy that has left its reference.
+            if parameter.requires_grad and "value_head" not in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    batch = rollout(trainer)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._compute_loss(trainer.model, batch)
+    values = trainer._passes["policy"][0].state_values
+    torch.testing.assert_close(values, batch["state_values"], atol=1e-5, rtol=1e-4)
+    other = make_trainer(critic_features="policy" if features == "ref" else "ref", peft=peft, num_iterations=2)
+    other.model.load_state_dict(trainer.model.state_dict())
+    assert (rollout(other)["state_values"] - values).abs().max() > 1e-3
+
+
+def test_completions_without_a_reward_teach_nothing(make_trainer):
+    some = lambda completions, **kwargs: [None if index % 2 else 1.0 for index in range(len(completions))]  # noqa: E731
+    batch = rollout(make_trainer(reward=some))
+    assert not batch["value_mask"][1::2].any() and not batch["advantages"][1::2].any()
+    assert batch["value_mask"][::2].any(dim=1).all()
+
+
 def test_values_do_not_see_the_action(make_trainer):
     trainer = make_trainer()
     policy = trainer._policy
