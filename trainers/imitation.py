@@ -137,12 +137,14 @@ def train_policy(
         for stale in Path(config.output_dir).glob("checkpoint-*"):
             shutil.rmtree(stale)
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    # First of all, so that nothing after it can cost what was learned.
+    trainer.save_model(_internal_call=True)
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()
     metrics |= {"parameters": policy.num_parameters(), "updates": trainer.state.global_step}
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
     trainer.create_model_card()
-    # Last, because with `push_to_hub` it uploads the folder.
-    trainer.save_model()
+    if config.push_to_hub:
+        trainer.push_to_hub()
     return metrics
