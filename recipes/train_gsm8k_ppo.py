@@ -66,6 +66,10 @@ def train(model_arguments, arguments, config) -> None:
     trainer.save_model()
     trainer.save_state()
     after = judge("eval_after")
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.create_model_card()
     if main_process:
         draw_curves(trainer.state.log_history, Path(config.output_dir, CURVES))
         for name, record in (("before", before), ("after", after)):
