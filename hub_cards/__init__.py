@@ -1,5 +1,6 @@
-"""Model-card templates and the code that fills and validates them."""
+"""Card templates of models and data sets, the code that fills and validates them, and what may go to the Hub."""
 
-from .model_card import check_model_card, render_model_card
+from .card_validation import card_problems, check_model_card
+from .model_card import render_dataset_card, render_model_card
 
-__all__ = ["check_model_card", "render_model_card"]
+__all__ = ["card_problems", "check_model_card", "render_dataset_card", "render_model_card"]

@@ -13,7 +13,7 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -360,7 +360,8 @@ class MoreForCausalLM(MorePreTrainedModel, GenerationMixin):
         chunked = self.config.loss_chunk_size > 0 and type(self.lm_head) is nn.Linear
         if return_logits is None:
             return_logits = labels is None or not (self.training and chunked)
-        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep)) if return_logits else None
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept]) if return_logits else None
         lm_loss = loss = aux_loss = router_z_loss = None
         targets, total = _shifted_targets(labels, **loss_kwargs)
         if targets is not None:

@@ -11,7 +11,16 @@ from transformers import PhimoeConfig, PhimoeForCausalLM, PreTrainedModel, PreTr
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from .expert_adapters import expert_lora_config, load_causal_lm
-from .gsm8k import correctness_reward, length_penalty, load_gsm8k, marker_reward, uses_chat, with_prompts
+from .gsm8k import (
+    correctness_reward,
+    length_penalty,
+    load_gsm8k,
+    make_prompt,
+    marker_reward,
+    prompt_text,
+    uses_chat,
+    with_prompts,
+)
 from .gsm8k_evaluation import GSM8KEvaluation
 from .gsm8k_evaluation_config import GSM8KEvaluationArguments
 from .gsm8k_training_config import GENERATED, GSM8KDataArguments, GSM8KModelArguments
@@ -161,7 +170,14 @@ def make_trainer(
         "peft_config": adapter,
     }
     if arguments.algorithm == "ppo":
-        return PPOTrainer(model, args=config, value_head=model_arguments.value_head, **common)
+        trainer = PPOTrainer(model, args=config, value_head=model_arguments.value_head, **common)
+        trainer.card_facts = {
+            "train_file": arguments.train_file,
+            "base_model": model_arguments.model_name_or_path,
+            "warm_start_steps": arguments.warm_start_steps,
+            "prompt": prompt_text(make_prompt(held_out[0]["question"], conversational), tokenizer),
+        }
+        return trainer
     shared = {field.name: getattr(config, field.name) for field in fields(GRPOConfig) if field.init}
     # Derived from the others.
     shared |= {"generation_batch_size": None}

@@ -1,68 +1,100 @@
 """The model card of a policy that an imitation run has trained."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 from transformers import TrainerState
 
-from ..hub_cards import render_model_card
-from ..modeling import MopForActionPrediction
+from ..modeling import MopConfig, MopForActionPrediction
 from .imitation_config import EnvironmentArguments, ImitationConfig
 from .metrics.answer_accuracy import wilson_interval
+from .shared_card import card_of_run, parameter_rows, percent, training_rows
+from .training_record import training_record
 
 ALGORITHM_NAMES = {"bc": "behaviour cloning", "dagger": "DAgger"}
+CURVES = {"eval_success": "success, held out", "agreement": "agreement with the bot", "routing_cost": "routing cost"}
 
 
-def imitation_card(
+def imitation_record(
     model: MopForActionPrediction,
     config: ImitationConfig,
     environments: EnvironmentArguments,
     state: TrainerState,
-) -> ModelCard:
-    """A card from what the policy is and what the run logged.
+    routing: dict | None = None,
+) -> dict:
+    """
+    What [`card_of_policy`] needs to know of a run, for JSON.
 
     Args:
         model ([`MopForActionPrediction`]): The trained policy.
         config ([`ImitationConfig`]): Of the run.
         environments ([`EnvironmentArguments`]): Of the run.
-        state (`TrainerState`): Its log, with at least one evaluation.
+        state (`TrainerState`): Its log.
+        routing (`dict`, *optional*): What [`routing_facts`] gives.
     """
-    repository = config.hub_model_id or str(config.output_dir)
-    name = Path(repository).resolve().name
-    evaluation = next(entry for entry in reversed(state.log_history) if "eval_success" in entry)
-    results = [_row(level, evaluation, environments) for level in environments.env_id]
+    names = ("env_id", "algorithm", "num_envs", "unroll_len", "eval_episodes", "eval_first_seed")
+    data = {name: getattr(environments, name) for name in names}
+    if environments.algorithm == "bc":
+        made = f"{environments.num_demonstrations:,} episodes of the bot"
+        data["demonstrations"] = environments.demonstrations or made
+    data["frames"] = next((entry["frames"] for entry in reversed(state.log_history) if "frames" in entry), None)
+    return training_record("mop", model, config, state, data, routing)
+
+
+def card_of_policy(
+    record: dict,
+    config: MopConfig,
+    folder: str | Path,
+    repository: str,
+    revision: str | None = None,
+    reports: Sequence[dict] = (),
+) -> ModelCard:
+    """
+    The card of a run that has been recorded.
+
+    Args:
+        record (`dict`): By [`imitation_record`].
+        config ([`MopConfig`]): Of the policy.
+        folder (`str` or `Path`): Where the card will lie, whose pictures it shows.
+        repository (`str`): Where the policy will be loaded from.
+        revision (`str`, *optional*): The revision to pin.
+        reports (`Sequence[dict]`, *optional*): What `evaluate_babyai.py` has written, which takes the place of the
+            run's own evaluation.
+    """
+    data = record["data"]
+    results = [row for report in reports for row in report["results"]] or _own_results(record)
+    seeds = dict.fromkeys(report["settings"]["first_seed"] for report in reports) or [data["eval_first_seed"]]
     metadata = {
-        "license": "apache-2.0",
-        "library_name": "transformers",
         "pipeline_tag": "reinforcement-learning",
-        "tags": ["mixturekit", "moe", "recurrent", "babyai", "imitation-learning", "custom_code"],
-        "metrics": ["success"],
-        "model_name": name,
-        "eval_results": [_index_entry(level, evaluation, environments) for level in environments.env_id],
+        "tags": ["moe", "recurrent", "babyai", "imitation-learning", "custom_code", "mop"],
     }
-    frames = next((entry["frames"] for entry in reversed(state.log_history) if "frames" in entry), 0)
-    return render_model_card(
+    levels = [row for row in results if row["level"] in data["env_id"] and _plays_as_it_is(row)]
+    if levels:
+        metadata |= {"metrics": ["success"], "model_name": Path(repository).resolve().name}
+        metadata["eval_results"] = [_index_entry(row) for row in levels]
+    return card_of_run(
         "pathway_policy",
         metadata,
-        model_name=name,
-        repository=repository,
-        parameters=f"{model.num_parameters():,}",
-        policy_kind="pathways of GRU experts" if model.config.is_routed else "GRU baseline",
-        success=f"{100 * evaluation['eval_success']:.1f} %",
-        frames=f"{frames:,}",
-        level=environments.env_id[0],
-        episodes=environments.eval_episodes,
-        first_seed=f"{environments.eval_first_seed:,}",
-        architecture=_architecture(model),
-        training=_training(config, environments, state, frames),
-        results=results,
+        record,
+        folder,
+        repository,
+        revision,
+        policy_kind="pathways of GRU experts" if config.is_routed else "GRU baseline",
+        headline=_headline(levels) if levels else "",
+        frames=f"{data['frames']:,}" if data["frames"] else "",
+        level=data["env_id"][0],
+        first_seed=" and ".join(f"{seed:,}" for seed in seeds),
+        architecture=_architecture(record, config),
+        training=_training(record),
+        results=[_row(row) for row in results],
     )
 
 
-def _architecture(model: MopForActionPrediction) -> dict[str, str]:
-    config = model.config
+def _architecture(record: dict, config: MopConfig) -> dict[str, str]:
     sizes = "; ".join(", ".join(map(str, layer)) for layer in config.layers)
     return {
+        **parameter_rows(record),
         "experts by layer (size of the GRU)": sizes,
         "width, routers": f"{config.intermediate_dim}, {config.router_dim if config.is_routed else 'no routers'}",
         "observation": f"{config.encoder}; missions: {config.mission_encoder}",
@@ -71,47 +103,72 @@ def _architecture(model: MopForActionPrediction) -> dict[str, str]:
     }
 
 
-def _training(
-    config: ImitationConfig, environments: EnvironmentArguments, state: TrainerState, frames: int
-) -> dict[str, str]:
-    unroll = f"{environments.num_envs} environments, {environments.unroll_len} steps"
+def _training(record: dict) -> dict[str, str]:
+    data = record["data"]
+    unroll = f"{data['num_envs']} environments, {data['unroll_len']} steps"
+    rows = {"algorithm": ALGORITHM_NAMES[data["algorithm"]], "levels": ", ".join(data["env_id"])}
+    if data.get("demonstrations"):
+        rows["demonstrations"] = data["demonstrations"]
+    if data["frames"]:
+        rows["frames"] = f"{data['frames']:,}"
+    return rows | training_rows(record, unroll if record["world_size"] == 1 else f"{record['world_size']} x {unroll}")
+
+
+def _own_results(record: dict) -> list[dict]:
+    """The last evaluation of the run as records of `evaluate_babyai.py`."""
+    data, evaluation = record["data"], record.get("evaluation", {})
+    if "eval_success" not in evaluation:
+        return []
+    results, count = [], data["eval_episodes"]
+    for level in data["env_id"]:
+        suffix = "" if len(data["env_id"]) == 1 else f"/{level}"
+        success = evaluation[f"eval_success{suffix}"]
+        low, high = wilson_interval(round(success * count), count)
+        row = {"level": level, "decoding": "greedy", "episodes": count, "success": success}
+        row |= {"success_low": low, "success_high": high, "return": evaluation[f"eval_return{suffix}"]}
+        results.append(row | {"length_ratio": evaluation.get(f"eval_length_ratio{suffix}")})
+    return results
+
+
+def _plays_as_it_is(record: dict) -> bool:
+    changed = record.get("weight_threshold") is not None or record.get("lesion_largest")
+    return record["decoding"] == "greedy" and not changed
+
+
+def _headline(levels: list[dict]) -> str:
+    """Success in the levels of the training, each of which counts alike, with its interval."""
+    count = sum(row["episodes"] for row in levels)
+    success = sum(row["success"] for row in levels) / len(levels)
+    low, high = (100 * bound for bound in wilson_interval(round(success * count), count))
+    return f"{percent(success)} ({low:.1f} to {high:.1f}) of {count:,} held-out episodes"
+
+
+def _row(record: dict) -> dict[str, str]:
+    parts = [record["decoding"]]
+    if record.get("weight_threshold") is not None:
+        parts.append(f"weights from {record['weight_threshold']:g}")
+    if record.get("lesion_largest"):
+        parts.append("without the largest experts")
+    ratio = record["length_ratio"]
     return {
-        "algorithm": ALGORITHM_NAMES[environments.algorithm],
-        "levels": ", ".join(environments.env_id),
-        "updates, frames": f"{state.global_step:,}, {frames:,}",
-        "unroll": unroll if config.world_size == 1 else f"{config.world_size} x {unroll}",
-        "optimizer": f"{config.optim}, learning rate {config.learning_rate}, {config.lr_scheduler_type}",
-        "seed": str(config.seed),
-        "devices": f"{config.world_size} x {config.device.type}",
+        "level": record["level"],
+        "decoding": ", ".join(parts),
+        "episodes": f"{record['episodes']:,}",
+        "success": percent(record["success"]),
+        "low": f"{100 * record['success_low']:.1f}",
+        "high": f"{100 * record['success_high']:.1f}",
+        "episode_return": f"{record['return']:.3f}",
+        # Where the bot solved nothing, there is no length to compare with.
+        "length_ratio": "-" if ratio is None else f"{ratio:.2f}",
     }
 
 
-def _figure(name: str, level: str, evaluation: dict, environments: EnvironmentArguments) -> float:
-    return evaluation[f"eval_{name}" if len(environments.env_id) == 1 else f"eval_{name}/{level}"]
-
-
-def _row(level: str, evaluation: dict, environments: EnvironmentArguments) -> dict[str, str]:
-    success, episode_return, ratio = (
-        _figure(name, level, evaluation, environments) for name in ("success", "return", "length_ratio")
-    )
-    count = environments.eval_episodes
-    low, high = wilson_interval(round(success * count), count)
-    return {
-        "level": level,
-        "success": f"{100 * success:.1f} %",
-        "low": f"{100 * low:.1f}",
-        "high": f"{100 * high:.1f}",
-        "episode_return": f"{episode_return:.3f}",
-        "length_ratio": f"{ratio:.2f}",
-    }
-
-
-def _index_entry(level: str, evaluation: dict, environments: EnvironmentArguments) -> EvalResult:
+def _index_entry(record: dict) -> EvalResult:
     return EvalResult(
         task_type="reinforcement-learning",
-        dataset_type=level,
-        dataset_name=level,
+        dataset_type=record["level"],
+        dataset_name=record["level"],
         metric_type="success",
-        metric_name=f"success on {environments.eval_episodes} held-out episodes",
-        metric_value=round(_figure("success", level, evaluation, environments), 5),
+        metric_name=f"success on {record['episodes']} held-out episodes",
+        metric_value=round(record["success"], 5),
     )

@@ -6,6 +6,7 @@ from the recurrent state that the last unroll ended with, and one step of the op
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +18,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling import MopForActionPrediction
 from .babyai import Unroll
-from .imitation_card import imitation_card
+from .imitation_card import CURVES, card_of_policy, imitation_record
 from .imitation_config import EnvironmentArguments, ImitationConfig
 from .imitation_metrics import ImitationWindow, PathwayCallback
 from .policy_evaluation import HeldOutEpisodes
+from .publishing import PublishingCallback, write_card
+from .training_record import routing_facts
 from .unroll_sources import UnrollSource
 
 
@@ -83,6 +86,7 @@ class ImitationTrainer(Trainer):
         self._window = ImitationWindow()
         self._pathways = PathwayCallback(self, model.config)
         self.add_callback(self._pathways)
+        self.add_callback(PublishingCallback(self))
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """One unroll, forward and backward; raises `FloatingPointError` if the loss is not finite."""
@@ -147,8 +151,9 @@ class ImitationTrainer(Trainer):
         """Writes the card of the trained policy to `output_dir`, from the run's own figures."""
         if self.is_world_process_zero():
             model = self.accelerator.unwrap_model(self.model)
-            card = imitation_card(model, self.args, self.environment_arguments, self.state)
-            card.save(Path(self.args.output_dir, "README.md"))
+            routing = routing_facts([self._pathways])
+            record = imitation_record(model, self.args, self.environment_arguments, self.state, routing)
+            write_card(self, record, CURVES, partial(card_of_policy, record, model.config))
 
     def _save_checkpoint(self, model, trial):
         self._window.pause()

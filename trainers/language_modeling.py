@@ -202,6 +202,11 @@ def train_language_model(
         eval_dataset=validation,
         processing_class=tokenizer,
     )
+    # Tasks are sums, which are generated, and stories from somewhere.
+    on_tasks = data_arguments.dataset_name == GENERATED
+    trainer.card_facts["dataset"] = data_arguments.babi_data if on_tasks else data_arguments.dataset_name
+    if on_tasks:
+        trainer.card_facts["prompt"] = "Mary went to the kitchen."
     if not checkpoint and trainer.is_world_process_zero():
         # Otherwise what this run cannot finish would seem to go on from a checkpoint of the one that it replaces.
         for stale in Path(config.output_dir).glob("checkpoint-*"):
@@ -216,11 +221,7 @@ def train_language_model(
     metrics["parameters"] = model.num_parameters()
     metrics["steps"] = trainer.state.global_step
     trainer.save_metrics("eval", metrics)
-    # Tasks are sums, which are generated, and stories from somewhere.
-    on_tasks = data_arguments.dataset_name == GENERATED
-    card = {"dataset": data_arguments.babi_data if on_tasks else data_arguments.dataset_name}
-    card |= {"prompt": "Mary went to the kitchen."} if on_tasks else {}
-    trainer.create_model_card(**card)
+    trainer.create_model_card()
     if config.push_to_hub:
-        trainer.push_to_hub(**card)
+        trainer.push_to_hub()
     return metrics

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from transformers import TrainerState, TrainingArguments
 
-from ..hub_cards import render_model_card
-from ..modeling import MoreForCausalLM
+from ..modeling import MoreConfig, MoreForCausalLM
+from .shared_card import card_of_run, on_hub, parameter_rows, training_rows
 from .task_data import GENERATED
+from .training_record import training_record
 
 EXPERT_KINDS = {
     "base": "gated feed-forward",
@@ -16,65 +17,113 @@ EXPERT_KINDS = {
     "more_c": "feed-forward and GRU",
     "more_d": "feed-forward with GRU refinement",
 }
+CURVES = {"perplexity": "perplexity of the training data", "eval_perplexity": "held-out perplexity"}
+_HUGINN = "Geiping et al. (2025): depth by recurrence, [arXiv 2502.05171](https://arxiv.org/abs/2502.05171)"
+_MIXTURES = "Shazeer et al. (2017): mixtures of experts, [arXiv 1701.06538](https://arxiv.org/abs/1701.06538)"
+
+
+def language_model_record(
+    model: MoreForCausalLM,
+    arguments: TrainingArguments,
+    state: TrainerState,
+    dataset_name: str,
+    prompt: str = "The",
+    routing: dict | None = None,
+) -> dict:
+    """
+    What [`card_of_language_model`] needs to know of a run, for JSON.
+
+    Args:
+        model ([`MoreForCausalLM`]): The trained model.
+        arguments (`TrainingArguments`): Those of the run.
+        state (`TrainerState`): Its log.
+        dataset_name (`str`): Hub id, or name of a local data set.
+        prompt (`str`, *optional*, defaults to `"The"`): What the example on the card continues.
+        routing (`dict`, *optional*): What [`routing_facts`] gives.
+    """
+    sequences = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    data = {"dataset": dataset_name, "prompt": prompt, "sequences_per_update": sequences}
+    data["is_on_hub"] = on_hub(dataset_name)
+    return training_record("more", model, arguments, state, data, routing)
 
 
 def language_model_card(
     model: MoreForCausalLM, arguments: TrainingArguments, state: TrainerState, dataset_name: str, prompt: str = "The"
 ) -> ModelCard:
-    """A card from what the model is and what the run logged.
+    """A card from what the model is and what the run logged; the arguments are those of [`language_model_record`]."""
+    record = language_model_record(model, arguments, state, dataset_name, prompt)
+    repository = arguments.hub_model_id or str(arguments.output_dir)
+    return card_of_language_model(record, model.config, arguments.output_dir, repository)
+
+
+def card_of_language_model(
+    record: dict, config: MoreConfig, folder: str | Path, repository: str, revision: str | None = None
+) -> ModelCard:
+    """
+    The card of a run that has been recorded.
 
     Args:
-        model ([`MoreForCausalLM`]): The trained model.
-        arguments (`TrainingArguments`): Those of the run.
-        state (`TrainerState`): Its log, with at least one evaluation.
-        dataset_name (`str`): Hub id, or name of a local data set.
-        prompt (`str`, *optional*, defaults to `"The"`): What the example on the card continues.
+        record (`dict`): By [`language_model_record`].
+        config ([`MoreConfig`]): Of the model.
+        folder (`str` or `Path`): Where the card will lie, whose pictures it shows.
+        repository (`str`): Where the model will be loaded from.
+        revision (`str`, *optional*): The revision to pin.
     """
-    config = model.config
-    repository = arguments.hub_model_id or str(arguments.output_dir)
-    evaluation = next(entry for entry in reversed(state.log_history) if "eval_loss" in entry)
-    on_hub = dataset_name.count("/") == 1 and not Path(dataset_name).exists()
-    metadata = {
-        "license": "apache-2.0",
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["mixturekit", "moe", "recurrent", "custom_code"],
-        "metrics": ["perplexity"],
-        **({"datasets": [dataset_name]} if on_hub else {}),
-    }
-    architecture = {
-        "experts": f"{config.expert_type}, {config.num_experts} per layer, top-{config.num_experts_per_tok}",
-        "recurrences": f"{config.num_recurrences}; any number with `num_recurrences=`" if config.is_recurrent else "-",
-        "layers, width, heads": f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}",
-        "router": f"{config.router_score_function}, balanced by {config.router_balancing}",
-        "operations per token, forward, 256 tokens": f"{config.flops_per_token(256) / 1e6:.1f} MFLOP",
-    }
-    training = {
-        "steps": state.global_step,
-        "sequences per step": arguments.train_batch_size
-        * arguments.gradient_accumulation_steps
-        * arguments.world_size,
-        "optimizer": f"{arguments.optim}, learning rate {arguments.learning_rate}, decay {arguments.weight_decay}",
-        "schedule": f"{arguments.lr_scheduler_type}, warm-up {arguments.warmup_steps}",
-        "seed": arguments.seed,
-        "devices": f"{arguments.world_size} x {arguments.device.type}",
-    }
-    return render_model_card(
+    data, evaluation = record["data"], record.get("evaluation", {})
+    name = "generated stories and sums" if data["dataset"] == GENERATED else Path(data["dataset"]).name
+    measured = "eval_perplexity" in evaluation
+    metadata = {"pipeline_tag": "text-generation", "tags": ["moe", "recurrent", "custom_code", "more"]}
+    if measured:
+        metadata |= {"metrics": ["perplexity"], "model_name": Path(repository).resolve().name}
+        metadata["eval_results"] = [_index_entry(data, name, evaluation)]
+    if data["is_on_hub"]:
+        metadata["datasets"] = [data["dataset"]]
+    return card_of_run(
         "language_model",
         metadata,
-        model_name=Path(repository).name,
-        repository=repository,
-        parameters=f"{model.num_parameters():,}",
+        record,
+        folder,
+        repository,
+        revision,
         num_experts=config.num_experts,
         experts_per_token=config.num_experts_per_tok,
         expert_kind=EXPERT_KINDS[config.expert_type],
+        is_recurrent=config.is_recurrent,
         generate_options=f", num_recurrences={config.num_recurrences}" if config.is_recurrent else "",
-        prompt=prompt,
-        dataset_name="generated stories and sums" if dataset_name == GENERATED else Path(dataset_name).name,
-        vocab_size=config.vocab_size,
-        steps=evaluation["step"],
-        loss=f"{evaluation['eval_loss']:.4f}",
-        perplexity=f"{evaluation['eval_perplexity']:.2f}",
-        architecture=architecture,
-        training=training,
+        prompt=data["prompt"],
+        dataset_name=name,
+        vocab_size=f"{config.vocab_size:,}",
+        steps=f"{evaluation['step']:,}" if measured else "",
+        loss=f"{evaluation['eval_loss']:.4f}" if measured else "",
+        perplexity=f"{evaluation['eval_perplexity']:.2f}" if measured else "",
+        architecture=_architecture(record, config),
+        training={"data": name} | training_rows(record, f"{data['sequences_per_update']} sequences"),
+        citations=[_MIXTURES, *([_HUGINN] if config.is_recurrent else [])],
+    )
+
+
+def _architecture(record: dict, config: MoreConfig) -> dict[str, str]:
+    steps = f"{config.num_recurrences}; any number with `num_recurrences=`"
+    heads = f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}"
+    return {
+        **parameter_rows(record),
+        "experts": f"{config.expert_type}, {config.num_experts} per layer, top-{config.num_experts_per_tok}",
+        **({"recurrences": steps} if config.is_recurrent else {}),
+        "layers, width, heads": heads,
+        "context, vocabulary": f"{config.max_position_embeddings:,} tokens, {config.vocab_size:,}",
+        "router": f"{config.router_score_function}, balanced by {config.router_balancing}",
+        "operations per token, forward, 256 tokens": f"{config.flops_per_token(256) / 1e6:.1f} MFLOP",
+    }
+
+
+def _index_entry(data: dict, name: str, evaluation: dict) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=data["dataset"] if data["is_on_hub"] else "local",
+        dataset_name=name,
+        dataset_config="default",
+        dataset_split="validation",
+        metric_type="perplexity",
+        metric_name="perplexity per token, held out",
+        metric_value=round(evaluation["eval_perplexity"], 4),
     )

@@ -4,7 +4,6 @@ import math
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -12,9 +11,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling.modeling_more import MoreSparseMoeBlock
-from .language_modeling_card import language_model_card
+from .language_modeling_card import CURVES, card_of_language_model, language_model_record
+from .publishing import PublishingCallback, write_card
 from .routing_callback import RoutingCallback
 from .token_datasets import pad_blocks
+from .training_record import routing_facts
 
 
 class RouterBiasCallback(TrainerCallback):
@@ -53,6 +54,8 @@ class LanguageModelingTrainer(Trainer):
         self._window = _Window()
         self.add_callback(RouterBiasCallback())
         self.add_callback(RoutingCallback(self))
+        self.add_callback(PublishingCallback(self))
+        self.card_facts = {"dataset": "its training data", "prompt": "The"}
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Matrices: all but norms, and what is one vector per expert."""
@@ -104,17 +107,20 @@ class LanguageModelingTrainer(Trainer):
             metrics["eval_perplexity"] = _perplexity(metrics["eval_loss"])
         return metrics
 
-    def create_model_card(self, dataset: str | None = None, prompt: str = "The", **kwargs) -> None:
+    def create_model_card(self, dataset: str | None = None, prompt: str | None = None, **kwargs) -> None:
         """Writes the card of the trained model to `output_dir`, from the run's own figures.
 
         Args:
-            dataset (`str`, *optional*): Hub id or name of the data set.
-            prompt (`str`, *optional*, defaults to `"The"`): What the example on the card continues.
+            dataset (`str`, *optional*): Hub id or name of the data set; that of `card_facts` if unset.
+            prompt (`str`, *optional*): What the example on the card continues; that of `card_facts` if unset.
         """
+        given = {"dataset": dataset, "prompt": prompt}
+        self.card_facts |= {name: value for name, value in given.items() if value is not None}
         if self.is_world_process_zero():
             model = self.accelerator.unwrap_model(self.model)
-            card = language_model_card(model, self.args, self.state, dataset or "its training data", prompt)
-            card.save(Path(self.args.output_dir, "README.md"))
+            facts, routing = self.card_facts, routing_facts(self.callback_handler.callbacks)
+            record = language_model_record(model, self.args, self.state, facts["dataset"], facts["prompt"], routing)
+            write_card(self, record, CURVES, partial(card_of_language_model, record, model.config))
 
     def _save_checkpoint(self, model, trial):
         self._window.pause()

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,9 @@ from trl.models.utils import disable_gradient_checkpointing
 from .advantages import generalized_advantages
 from .expert_adapters import merged_adapters
 from .policy_value_model import PREFIX, add_value_head, load_value_head, save_value_head, split_value_head
+from .ppo_card import CURVES, card_of_ppo_policy, ppo_record
 from .ppo_config import PPOConfig
+from .publishing import PublishingCallback, write_card
 from .router_replay import RouterReplay, keep_routing_deterministic
 
 # After so many rollouts in which all rewards were the same, somebody should know.
@@ -93,6 +96,8 @@ class PPOTrainer(GRPOTrainer):
         self._is_scored: Tensor | None = None
         self._silent_rollouts = 0
         self._tokens, self._counting_since = 0.0, time.perf_counter()
+        self.card_facts = {}
+        self.add_callback(PublishingCallback(self))
 
     @property
     def _policy(self):
@@ -380,6 +385,14 @@ class PPOTrainer(GRPOTrainer):
         super()._save(output_dir, policy)
         if self.args.should_save:
             save_value_head(head, output_dir or self.args.output_dir)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes the card of the policy to `output_dir`, from the run's own figures and `card_facts`."""
+        if self.is_world_process_zero():
+            facts = {"train_file": "its training data", "prompt": "Question:", "num_problems": len(self.train_dataset)}
+            model = self.accelerator.unwrap_model(self.model)
+            record = ppo_record(model, self.args, self.state, facts | self.card_facts)
+            write_card(self, record, CURVES, partial(card_of_ppo_policy, record))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if not Path(resume_from_checkpoint, CONFIG_NAME).is_file() or self.is_fsdp_enabled:

@@ -64,6 +64,7 @@ class RoutingCallback(TrainerCallback):
         self.trainer = trainer
         self.scores = scores
         self.metrics: dict[str, float] = {}
+        self.loads: dict[int, list[float]] = {}
         self._window: RoutingWindow | None = None
         self._remove_hooks: weakref.finalize | None = None
 
@@ -94,6 +95,7 @@ class RoutingCallback(TrainerCallback):
             for layer, statistics in layers.items()
             for name, value in statistics.scalars().items()
         }
+        self.loads = {layer: expert_load(statistics.counts).tolist() for layer, statistics in layers.items()}
         self._write_tensorboard(layers, state.global_step)
         others = tuple(set(INTEGRATION_TO_CALLBACK.values()) - {TensorBoardCallback})
         for callback in self.trainer.callback_handler.callbacks:
