@@ -4,8 +4,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_mop import MopConfig
 from .configuration_more import MoreConfig
+from .expert_store import ExpertStore, ExpertStoreConfig
+from .lazy_adamw import LazyAdamW
 from .modeling_mop import MopForActionPrediction, MopModel, MopPreTrainedModel, MopState
 from .modeling_more import MoreForCausalLM, MoreModel, MorePreTrainedModel
+from .offloaded_experts import load_offloaded, offload_experts
 
 AutoConfig.register("more", MoreConfig, exist_ok=True)
 AutoModel.register(MoreConfig, MoreModel, exist_ok=True)
@@ -22,6 +25,9 @@ MopModel.register_for_auto_class("AutoModel")
 MopForActionPrediction.register_for_auto_class("AutoModel")
 
 __all__ = [
+    "ExpertStore",
+    "ExpertStoreConfig",
+    "LazyAdamW",
     "MopConfig",
     "MopForActionPrediction",
     "MopModel",
@@ -31,4 +37,6 @@ __all__ = [
     "MoreForCausalLM",
     "MoreModel",
     "MorePreTrainedModel",
+    "load_offloaded",
+    "offload_experts",
 ]
