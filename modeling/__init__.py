@@ -4,10 +4,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_mop import MopConfig
 from .configuration_more import MoreConfig
+from .configuration_tiered_moe import TieredMoeConfig
+from .environment_detector import EnvironmentDetector
 from .expert_store import ExpertStore, ExpertStoreConfig
 from .lazy_adamw import LazyAdamW
 from .modeling_mop import MopForActionPrediction, MopModel, MopPreTrainedModel, MopState
 from .modeling_more import MoreForCausalLM, MoreModel, MorePreTrainedModel
+from .modeling_tiered_moe import TieredMoeForActorCritic, TieredMoeModel, TieredMoePreTrainedModel, TieredMoeState
 from .offloaded_experts import load_offloaded, offload_experts
 
 AutoConfig.register("more", MoreConfig, exist_ok=True)
@@ -24,7 +27,14 @@ MopConfig.register_for_auto_class()
 MopModel.register_for_auto_class("AutoModel")
 MopForActionPrediction.register_for_auto_class("AutoModel")
 
+AutoConfig.register("tiered_moe", TieredMoeConfig, exist_ok=True)
+AutoModel.register(TieredMoeConfig, (TieredMoeForActorCritic, TieredMoeModel), exist_ok=True)
+TieredMoeConfig.register_for_auto_class()
+TieredMoeModel.register_for_auto_class("AutoModel")
+TieredMoeForActorCritic.register_for_auto_class("AutoModel")
+
 __all__ = [
+    "EnvironmentDetector",
     "ExpertStore",
     "ExpertStoreConfig",
     "LazyAdamW",
@@ -37,6 +47,11 @@ __all__ = [
     "MoreForCausalLM",
     "MoreModel",
     "MorePreTrainedModel",
+    "TieredMoeConfig",
+    "TieredMoeForActorCritic",
+    "TieredMoeModel",
+    "TieredMoePreTrainedModel",
+    "TieredMoeState",
     "load_offloaded",
     "offload_experts",
 ]
