@@ -11,7 +11,7 @@ from .lazy_adamw import LazyAdamW
 from .modeling_mop import MopForActionPrediction, MopModel, MopPreTrainedModel, MopState
 from .modeling_more import MoreForCausalLM, MoreModel, MorePreTrainedModel
 from .modeling_tiered_moe import TieredMoeForActorCritic, TieredMoeModel, TieredMoePreTrainedModel, TieredMoeState
-from .offloaded_experts import load_offloaded, offload_experts
+from .offloaded_experts import initialize_offloaded, load_offloaded, offload_experts
 
 AutoConfig.register("more", MoreConfig, exist_ok=True)
 AutoModel.register(MoreConfig, MoreModel, exist_ok=True)
@@ -52,6 +52,7 @@ __all__ = [
     "TieredMoeModel",
     "TieredMoePreTrainedModel",
     "TieredMoeState",
+    "initialize_offloaded",
     "load_offloaded",
     "offload_experts",
 ]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW for the experts of a store: those that have a gradient, and no others, each with its own step count."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,12 +24,13 @@ class LazyAdamW(torch.optim.AdamW):
 
     Args:
         store ([`ExpertStore`]): Opened for training.
-        params (`Iterable[nn.Parameter]`, *optional*): What is not in the store, such as `model.parameters()` of an
-            offloaded model. If unset, another optimizer has to update it.
+        params (`Iterable`, *optional*): What is not in the store, such as `model.parameters()` of an offloaded model,
+            as parameters or as groups of them. If unset, another optimizer has to update it.
         lr (`float`, *optional*, defaults to 1e-3): Learning rate.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Decay of the moments.
         eps (`float`, *optional*, defaults to 1e-8): Added to the denominator.
         weight_decay (`float`, *optional*, defaults to 0.01): Decoupled from the gradient, at updates of the expert.
+        no_decay (`Collection[str]`, *optional*): Parameters of the experts without weight decay, by name.
         decay_moments (`bool`, *optional*, defaults to `False`): Whether at its next update an expert's moments decay
             for the updates that it has missed, as if its gradient had been zero in them.
         max_grad_norm (`float`, *optional*): Clips by the norm of all gradients, those in the store and those of
@@ -39,11 +41,12 @@ class LazyAdamW(torch.optim.AdamW):
     def __init__(
         self,
         store: ExpertStore,
-        params: Iterable[nn.Parameter] = (),
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]] = (),
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        no_decay: Collection[str] = (),
         decay_moments: bool = False,
         max_grad_norm: float | None = None,
         fused: bool = True,
@@ -53,9 +56,9 @@ class LazyAdamW(torch.optim.AdamW):
         self.store, self.max_grad_norm = store, max_grad_norm
         # The experts change their place all the time; an empty parameter stands for them all.
         anchor = nn.Parameter(torch.empty(0, device=store.device))
-        groups = [{"params": [anchor], "decay_moments": decay_moments, "updates": 0}]
+        groups = [{"params": [anchor], "no_decay": list(no_decay), "decay_moments": decay_moments, "updates": 0}]
         if params := list(params):
-            groups.append({"params": params})
+            groups.extend(params if isinstance(params[0], dict) else [{"params": params}])
         super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
     @torch.no_grad()
@@ -96,35 +99,34 @@ class LazyAdamW(torch.optim.AdamW):
         layout, info = self.store.layout, self.store.info(layer, expert)
         gradient = self.store.gradients[layer, expert]
         masters, averages, squares = (
-            [views[name] for name in gradient]
-            for views in (layout.master(memory), layout.state(memory, "exp_avg"), layout.state(memory, "exp_avg_sq"))
-        )
+            layout.master(memory), layout.state(memory, "exp_avg"), layout.state(memory, "exp_avg_sq")
+        )  # fmt: skip
         beta1, beta2 = group["betas"]
         missed = group["updates"] - info.last_step - 1
         if group["decay_moments"] and info.step > 0 and missed > 0:
-            torch._foreach_mul_(averages, beta1**missed)
-            torch._foreach_mul_(squares, beta2**missed)
-        adamw(
-            masters,
-            list(gradient.values()),
-            averages,
-            squares,
-            [],
-            [torch.tensor(float(info.step), device=memory.device) for _ in masters],
-            fused=group["fused"],
-            foreach=False,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+            torch._foreach_mul_(list(averages.values()), beta1**missed)
+            torch._foreach_mul_(list(squares.values()), beta2**missed)
+        bare = [name for name in gradient if name in group["no_decay"]]
+        decayed = [name for name in gradient if name not in group["no_decay"]]
+        for names, weight_decay in ((decayed, group["weight_decay"]), (bare, 0.0)):
+            adamw(
+                *([views[name] for name in names] for views in (masters, gradient, averages, squares)),
+                [],
+                [torch.tensor(float(info.step), device=memory.device) for _ in names],
+                fused=group["fused"],
+                foreach=False,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=weight_decay,
+                eps=group["eps"],
+                maximize=False,
+            )
         if "master" in layout.sections:
             weights = layout.weights(memory)
-            for name, master in zip(gradient, masters, strict=True):
-                weights[name].copy_(master)
+            for name in gradient:
+                weights[name].copy_(masters[name])
         self.store.mark_updated(layer, expert, group["updates"])
 
 

@@ -18,7 +18,13 @@ from .expert_store import ExpertStore
 
 
 def expert_weights(model: PreTrainedModel, name: str, module: nn.Module) -> dict[str, Tensor]:
-    """The fused weights of the experts `module`, called `name` in the model, wherever a `device_map` has put them."""
+    """
+    The fused weights of the experts `module`, called `name` in the model, wherever a `device_map` has put them; those
+    of a new model on the meta device are drawn.
+    """
+    if next(module.parameters(recurse=False)).is_meta and not hasattr(model, "hf_device_map"):
+        module.to_empty(device="cpu", recurse=False)
+        model._initialize_weights(module)
     weights = dict(module.named_parameters(recurse=False))
     for part, weight in weights.items():
         if weight.device.type == "meta":

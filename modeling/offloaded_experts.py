@@ -7,8 +7,10 @@ experts than that tier holds, it runs in waves, and the backward pass brings the
 Shapes: tokens = batch * seq, top_k = experts per token, rows = tokens * top_k, slots = of the fast tier.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,9 +18,10 @@ from typing import Any
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from .expert_files import MANIFEST, read_manifest
 from .expert_store import ExpertStore, ExpertStoreConfig
 from .expert_tiers import Hold
 from .more_experts import MoreExperts, MoreRecurrentBlockExperts
@@ -57,18 +60,22 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def offload_experts(model: PreTrainedModel, config: ExpertStoreConfig) -> ExpertStore:
+def offload_experts(
+    model: PreTrainedModel, config: ExpertStoreConfig, device: str | torch.device | None = None
+) -> ExpertStore:
     """
     Moves the experts of a model to a store, from which its forward and backward passes fetch them.
 
-    The model has no parameters for experts any more. Their gradients are in the store, and [`LazyAdamW`] updates them;
-    another optimizer has the rest. `save_pretrained` writes the ordinary checkpoint, one layer at a time.
+    The model has no parameters for experts any more. Their gradients are in the store, until `model.zero_grad()`, and
+    [`LazyAdamW`] updates them. `save_pretrained` writes the ordinary checkpoint, one layer at a time, and
+    `num_parameters` counts them still.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): With fused experts `(experts, out, in)`: any mixture of
             transformers that has them, or MoRE. Its weights may be on disk by a `device_map`.
         config ([`ExpertStoreConfig`]): Folder and capacities. If the folder has a checkpoint, its experts replace
             those of the model.
+        device (`str` or `torch.device`, *optional*): Of the fast tier; that of the model if unset.
 
     Returns:
         [`ExpertStore`]: To be kept open as long as the model is used.
@@ -98,7 +105,7 @@ def offload_experts(model: PreTrainedModel, config: ExpertStoreConfig) -> Expert
         len(experts),
         first.num_experts,
         next(iter(parts.values())).dtype,
-        _device(model),
+        torch.device(device) if device is not None else _device(model),
         f"{type(model).__name__} ({model.config.model_type})",
     )
     try:
@@ -113,6 +120,8 @@ def offload_experts(model: PreTrainedModel, config: ExpertStoreConfig) -> Expert
             remove_hook_from_module(module)
             for part in parts:
                 delattr(module, part)
+            # Nothing is left in it to be drawn.
+            module._is_hf_initialized = True
             module.forward = OffloadedExperts(module, store, layer, routers[layer])
         if not filled:
             store.checkpoint()
@@ -120,7 +129,34 @@ def offload_experts(model: PreTrainedModel, config: ExpertStoreConfig) -> Expert
         store.close()
         raise
     model.save_pretrained = save_offloaded(model, store, list(experts))
+    model.zero_grad = partial(_zero_grad, model.zero_grad, store)
+    model.num_parameters = partial(_num_parameters, model.num_parameters, store)
     return store
+
+
+def initialize_offloaded(
+    model_config: PreTrainedConfig,
+    config: ExpertStoreConfig,
+    model_class: type = AutoModelForCausalLM,
+    device: str | torch.device = "cpu",
+) -> tuple[PreTrainedModel, ExpertStore]:
+    """
+    A new model whose experts need not fit in memory: they are drawn one layer at a time, and go to the store.
+
+    Args:
+        model_config ([`~transformers.PreTrainedConfig`]): Of the model.
+        config ([`ExpertStoreConfig`]), model_class (`type`), device (`str` or `torch.device`): As in
+            [`load_offloaded`].
+
+    Returns:
+        `tuple[PreTrainedModel, ExpertStore]`: In training mode, as a new model is.
+    """
+    with torch.device("meta"):
+        model = model_class.from_config(model_config)
+    store = offload_experts(model, config, device)
+    model.to_empty(device=device)
+    model.init_weights()
+    return model, store
 
 
 def load_offloaded(
@@ -143,7 +179,16 @@ def load_offloaded(
 
     Returns:
         `tuple[PreTrainedModel, ExpertStore]`: In evaluation mode, as from `from_pretrained`.
+
+    Raises:
+        ValueError: If the folder was filled from another checkpoint, or from files that have changed since.
     """
+    files = sorted(Path(name_or_path).glob("*.safetensors"))
+    changed = max((file.stat().st_mtime_ns for file in files), default=None)
+    source = [str(Path(name_or_path).resolve()) if files else str(name_or_path), kwargs.get("revision"), changed]
+    filled = Path(config.nvme_path, MANIFEST).exists()
+    if filled and (known := read_manifest(Path(config.nvme_path))["metadata"].get("source", source)) != source:
+        raise ValueError(f"{config.nvme_path} was filled from {known[0]}, or before it changed: use another folder.")
     settings = {name: kwargs[name] for name in ("trust_remote_code", "revision", "token") if name in kwargs}
     with torch.device("meta"):
         skeleton = model_class.from_config(AutoConfig.from_pretrained(name_or_path, **settings), **settings)
@@ -152,6 +197,8 @@ def load_offloaded(
         places = _device_map(skeleton, set(find_experts(skeleton)), device)
         model = model_class.from_pretrained(name_or_path, device_map=places, offload_folder=folder, **kwargs)
         store = offload_experts(model, config)
+    if not filled:
+        store.checkpoint(metadata={"source": source})
     remove_hook_from_module(model, recurse=True)
     del model.hf_device_map
     return model, store
@@ -387,6 +434,17 @@ def _device_map(module: nn.Module, experts: set[str], device: str | torch.device
         else:
             places[path] = device
     return places
+
+
+def _zero_grad(zero_rest: Callable[[bool], None], store: ExpertStore, set_to_none: bool = True) -> None:
+    zero_rest(set_to_none)
+    store.clear_gradients()
+
+
+def _num_parameters(count_rest: Callable[..., int], store: ExpertStore, only_trainable: bool = False, **kwargs) -> int:
+    per_expert = sum(prod(shape) for _, shape in store.layout.parameters)
+    frozen = only_trainable and not store.config.training
+    return count_rest(only_trainable, **kwargs) + (0 if frozen else store.num_layers * store.num_experts * per_expert)
 
 
 def _device(model: PreTrainedModel) -> torch.device:

@@ -2,6 +2,9 @@
 
 accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/train_more.py \
     --config recipes/more/quickstart.yaml --expert_type more_c --output_dir out
+
+Experts that do not fit in memory are kept on a disk with --nvme_path; --fast_capacity and --ram_capacity say how many
+of a layer are not.
 """
 
 import atexit
@@ -11,10 +14,12 @@ import sys
 def main() -> None:
     """Parses the arguments, trains, and says where the results are."""
     from mixturekit.trainers.language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
+    from mixturekit.trainers.offload_arguments import OffloadArguments
     from mixturekit.trainers.recipe_parser import parse_recipe
 
+    types = (ModelArguments, DataArguments, LanguageModelingConfig, OffloadArguments)
     try:
-        arguments = parse_recipe((ModelArguments, DataArguments, LanguageModelingConfig), description=__doc__)
+        arguments = parse_recipe(types, description=__doc__)
         from accelerate import PartialState
 
         from mixturekit.trainers.language_modeling import train_language_model
@@ -22,12 +27,16 @@ def main() -> None:
         # Gloo's threads now and then abort a process that exits within its group.
         atexit.register(lambda: PartialState().destroy_process_group())
         metrics = train_language_model(*arguments)
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    config = arguments[-1]
+    config, offload = arguments[2:]
     if config.process_index == 0:
         print(f"Held-out perplexity {metrics['eval_perplexity']:.2f} after {metrics['steps']} steps.")
         print(f"Model, tokenizer, metrics and logs are in {config.output_dir}")
+        if offload.nvme_path is not None:
+            read, written = metrics["store_bytes_read"] / 1e6, metrics["store_bytes_written"] / 1e6
+            hits = f"{100 * metrics['store_hit_rate']:.1f} % of the experts were there when asked for"
+            print(f"The store in {offload.nvme_path}: {hits}, {read:.0f} MB read, {written:.0f} MB written.")
         print(f"Curves: tensorboard --logdir {config.output_dir}")
 
 

@@ -9,9 +9,10 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..modeling import MoreConfig, MoreForCausalLM
+from ..modeling import ExpertStore, MoreConfig, MoreForCausalLM, initialize_offloaded, load_offloaded
 from .language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
 from .language_modeling_trainer import LanguageModelingTrainer
+from .offload_arguments import OffloadArguments
 from .task_data import GENERATED, mix_examples, parse_task_weights, save_task_arguments
 from .text_data import load_train_and_validation
 from .token_datasets import AnswerDataset, PackedTokens
@@ -116,6 +117,30 @@ def load_model(
     Raises:
         ValueError: If the tokenizer has more tokens than the model, or the checkpoint is of another architecture.
     """
+    config = _config_for(arguments, tokenizer, vocab_size)
+    if arguments.model_name_or_path:
+        return MoreForCausalLM.from_pretrained(arguments.model_name_or_path, config=config, dtype=torch.float32)
+    return MoreForCausalLM(config)
+
+
+def load_model_offloaded(
+    arguments: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int | None,
+    offload: OffloadArguments,
+    device: torch.device,
+) -> tuple[MoreForCausalLM, ExpertStore]:
+    """As [`load_model`], with its experts in a store, layer by layer, and the rest on `device`."""
+    config, store_config = _config_for(arguments, tokenizer, vocab_size), offload.store_config()
+    if not arguments.model_name_or_path:
+        return initialize_offloaded(config, store_config, device=device)
+    model, store = load_offloaded(
+        arguments.model_name_or_path, store_config, device=device, config=config, dtype=torch.float32
+    )
+    return model.train(), store
+
+
+def _config_for(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> MoreConfig:
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -129,9 +154,7 @@ def load_model(
             f"The tokenizer has {len(tokenizer)} tokens but the model's vocabulary only {config.vocab_size}; "
             "raise --vocab_size or choose the tokenizer that belongs to the model."
         )
-    if arguments.model_name_or_path:
-        return MoreForCausalLM.from_pretrained(arguments.model_name_or_path, config=config, dtype=torch.float32)
-    return MoreForCausalLM(config)
+    return config
 
 
 def load_config(arguments: ModelArguments, **changes) -> MoreConfig:
@@ -178,21 +201,39 @@ def check_resumed_model(checkpoint: str, config: MoreConfig):
 
 
 def train_language_model(
-    model_arguments: ModelArguments, data_arguments: DataArguments, config: LanguageModelingConfig
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    config: LanguageModelingConfig,
+    offload: OffloadArguments | None = None,
 ) -> dict[str, float]:
     """Trains a MoRE model and leaves the best checkpoint, its tokenizer, metrics and logs in `config.output_dir`.
+
+    With `offload`, and a folder in it, the experts are in a store, whose statistics are among the metrics.
 
     Returns:
         The metrics of the last evaluation: `eval_loss`, `eval_perplexity` and the evaluation's speed.
     """
     checkpoint = check_output_dir(config)
     load_config(model_arguments)
+    offloaded = offload is not None and offload.nvme_path is not None
+    if offloaded and config.world_size > 1:
+        raise ValueError(
+            f"--nvme_path is for one process, not for {config.world_size}: a store has one user at a time."
+        )
+    if offloaded and not checkpoint:
+        offload.clear_folder(config.overwrite_output_dir)
     # The other processes then find the tokens in the cache.
     with config.main_process_first(desc="loading the data"):
         data = load_data(data_arguments, model_arguments.model_name_or_path, config.data_seed or 0)
     tokenizer, train, validation = data
     torch.manual_seed(config.seed)
-    model = load_model(model_arguments, tokenizer, data_arguments.vocab_size)
+    store = None
+    if offloaded:
+        model, store = load_model_offloaded(
+            model_arguments, tokenizer, data_arguments.vocab_size, offload, config.device
+        )
+    else:
+        model = load_model(model_arguments, tokenizer, data_arguments.vocab_size)
     if checkpoint:
         check_resumed_model(checkpoint, model.config)
     trainer = LanguageModelingTrainer(
@@ -201,6 +242,7 @@ def train_language_model(
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
+        store=store,
     )
     # Tasks are sums, which are generated, and stories from somewhere.
     on_tasks = data_arguments.dataset_name == GENERATED
@@ -212,7 +254,8 @@ def train_language_model(
         for stale in Path(config.output_dir).glob("checkpoint-*"):
             shutil.rmtree(stale)
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    # What it would push lacks the card still.
+    trainer.save_model(_internal_call=True)
     trainer.save_state()
     if trainer.is_world_process_zero():
         save_task_arguments(data_arguments, data_arguments.sequence_length, config.output_dir)
@@ -220,8 +263,15 @@ def train_language_model(
     metrics = trainer.evaluate()
     metrics["parameters"] = model.num_parameters()
     metrics["steps"] = trainer.state.global_step
+    if store is not None:
+        metrics |= {f"store_{name}": value for name, value in store.stats.as_dict().items()}
+        metrics |= {"store_bytes_read": store.files.bytes_read, "store_bytes_written": store.files.bytes_written}
+        if offload.store_trace:
+            store.save_trace(offload.store_trace)
     trainer.save_metrics("eval", metrics)
     trainer.create_model_card()
     if config.push_to_hub:
         trainer.push_to_hub()
+    if store is not None:
+        store.close()
     return metrics

@@ -7,11 +7,12 @@ from functools import partial
 
 import torch
 from accelerate.utils import gather_object
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling.modeling_more import MoreSparseMoeBlock
 from .language_modeling_card import CURVES, card_of_language_model, language_model_record
+from .offloaded_trainer import OffloadedTrainer
 from .publishing import PublishingCallback, write_card
 from .routing_callback import RoutingCallback
 from .token_datasets import pad_blocks
@@ -26,7 +27,7 @@ class RouterBiasCallback(TrainerCallback):
         model.update_router_bias()
 
 
-class LanguageModelingTrainer(Trainer):
+class LanguageModelingTrainer(OffloadedTrainer):
     """
     A `Trainer` for MoRE models that keeps the losses apart, stops at a loss that is not finite, and reports routing.
 
@@ -34,8 +35,8 @@ class LanguageModelingTrainer(Trainer):
     `aux_loss` (balancing, unweighted), `perplexity` and `eval_perplexity` (of the language-modelling loss alone) and
     `tokens_per_second` (real tokens of all processes, evaluation and saving left out).
 
-    Arguments are those of `Trainer`. Without a `data_collator`, examples are padded on the right by the tokenizer's
-    padding token ([`pad_blocks`]).
+    Arguments are those of [`OffloadedTrainer`]. Without a `data_collator`, examples are padded on the
+    right by the tokenizer's padding token ([`pad_blocks`]).
     """
 
     def __init__(self, *args, data_collator=None, processing_class=None, **kwargs):

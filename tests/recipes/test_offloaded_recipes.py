@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes that keep experts on disk, run as a user runs them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from mixturekit.modeling import MoreForCausalLM
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def run(script, *options, **environment):
+    command = [sys.executable, str(RECIPES / script), *map(str, options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Trains a MoRE model of 12 experts per layer, of which 6 are in memory."""
+    folder = tmp_path_factory.mktemp("training")
+    fixed = ["--config", RECIPES / "more" / "quickstart.yaml", "--num_experts", 12, "--num_examples", 400]
+    fixed += ["--num_validation_examples", 16, "--per_device_train_batch_size", 4, "--logging_steps", 2]
+    fixed += ["--max_steps", 6, "--eval_steps", 3, "--save_steps", 3, "--fast_capacity", 4, "--ram_capacity", 2]
+
+    def train(name, *options):
+        places = ["--output_dir", folder / name, "--nvme_path", folder / f"{name}_experts"]
+        places += ["--store_trace", folder / f"{name}_trace.jsonl"]
+        return folder / name, run("train_more.py", *fixed, *places, *options)
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def trained(train):
+    folder, finished = train("out")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return folder, finished
+
+
+def test_more_trains_with_its_experts_on_disk(trained):
+    folder, finished = trained
+    assert "of the experts were there when asked for" in finished.stdout
+    results = json.loads((folder / "eval_results.json").read_text())
+    assert results["store_bytes_read"] > 0 and results["store_bytes_written"] > 0
+    assert 0 < results["store_hit_rate"] < 1
+    assert results["parameters"] > 1_500_000, "Experts on disk count, too."
+
+
+def test_text_is_that_of_the_model_in_memory(trained, tmp_path):
+    folder, _ = trained
+    options = ["--model_name_or_path", folder, "--prompt", "Mary went to the", "--max_new_tokens", 8]
+    options += [
+        "--nvme_path",
+        tmp_path / "experts",
+        "--fast_capacity",
+        3,
+        "--ram_capacity",
+        2,
+        "--prefetch_next_layer",
+    ]
+    for _ in range(2):
+        generated = run("generate_offloaded.py", *options)
+        assert generated.returncode == 0, generated.stderr[-3000:]
+        tokenizer, model = AutoTokenizer.from_pretrained(folder), MoreForCausalLM.from_pretrained(folder)
+        prompt = tokenizer("Mary went to the", return_tensors="pt")
+        expected = tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0])
+        assert generated.stdout.startswith(expected)
+        assert "tokens/s" in generated.stdout
+    for options[-6], message in ((f"{folder}_experts", "holds the experts of a training run"), (None, "--nvme_path")):
+        refused = run("generate_offloaded.py", *[option for option in options if option is not None])
+        assert refused.returncode != 0
+        assert message in refused.stderr
+
+
+def test_stopped_training_goes_on_as_if_it_had_not_been(train, trained):
+    folder, first = train("stopped")
+    assert first.returncode == 0, first.stderr[-3000:]
+    # As if it had been killed after its first checkpoint.
+    shutil.rmtree(folder / "checkpoint-6")
+    _, resumed = train("stopped", "--resume_from_checkpoint", "last")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    results = [json.loads((path / "eval_results.json").read_text()) for path in (folder, trained[0])]
+    assert results[0]["eval_loss"] == results[1]["eval_loss"]
+
+
+def test_experts_of_an_earlier_run_are_not_taken_for_new_ones(train, trained):
+    _, refused = train("other", "--nvme_path", f"{trained[0]}_experts")
+    assert refused.returncode == 1
+    assert "already holds the experts of a run" in refused.stderr.splitlines()[-1]
+
+
+def test_impossible_tiers_are_refused_in_one_sentence(train):
+    _, refused = train("impossible", "--fast_capacity", 0)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("ValueError: fast_capacity (0)")

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`transformers.Trainer` for models whose experts are in a store.
+
+Beside the ordinary files, a checkpoint has the records of all experts, with their optimizer state, in `experts`, and
+all other weights under the names that the model has for them in `rest.safetensors`. Records that have not changed
+since the last checkpoint are linked to it, not copied.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+from transformers import Trainer
+
+from ..modeling.expert_store import ExpertStore
+from ..modeling.lazy_adamw import LazyAdamW, clip_grad_norm_
+
+EXPERTS = "experts"
+REST = "rest.safetensors"
+
+
+class OffloadedTrainer(Trainer):
+    """
+    A `Trainer` that also updates, clips, saves and resumes the experts of a store; without one it is a `Trainer`.
+
+    The experts that tokens were sent to are updated by [`LazyAdamW`], all else as the arguments say. `max_grad_norm`
+    and the logged `grad_norm` are of both together.
+
+    Args:
+        store ([`ExpertStore`], *optional*): What `offload_experts`, `load_offloaded` or `initialize_offloaded` of
+            `mixturekit.modeling` returned with the model. It is not closed.
+        args, kwargs: Those of `Trainer`.
+
+    Raises:
+        ValueError: If a store is to be trained by several processes, in float16, or by another optimizer than AdamW.
+    """
+
+    def __init__(self, *args, store: ExpertStore | None = None, **kwargs):
+        self.store = store
+        super().__init__(*args, **kwargs)
+        if store is not None:
+            self._check_arguments()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One optimizer for both: the groups of `Trainer`, after that of the experts."""
+        chosen = self.optimizer
+        super().create_optimizer(model)
+        if self.store is None or chosen is not None:
+            return self.optimizer
+        if type(self.optimizer) is not torch.optim.AdamW:
+            raise ValueError(f"Experts in a store are trained by AdamW, not by optim={self.args.optim!r}.")
+        defaults = self.optimizer.defaults
+        # Which of them decay is decided by the same rule as for experts in memory, which goes by names and shapes.
+        experts = nn.Module()
+        for name, shape in self.store.layout.parameters:
+            weight = torch.empty(self.store.num_experts, *shape, device="meta")
+            experts.register_parameter(name, nn.Parameter(weight))
+        decayed = self.get_decay_parameter_names(experts)
+        self.optimizer = LazyAdamW(
+            self.store,
+            self.optimizer.param_groups,
+            lr=defaults["lr"],
+            betas=defaults["betas"],
+            eps=defaults["eps"],
+            weight_decay=self.args.weight_decay,
+            no_decay=[name for name, _ in self.store.layout.parameters if name not in decayed],
+        )
+        return self.optimizer
+
+    def _check_arguments(self) -> None:
+        args = self.args
+        if args.world_size > 1:
+            raise ValueError(f"A store has one user at a time: train in one process, not in {args.world_size}.")
+        if args.fp16:
+            raise ValueError("Gradients in a store are not scaled for float16: choose bf16=True, or float32.")
+        if args.save_only_model and args.load_best_model_at_end:
+            raise ValueError("The best experts come from the records of its checkpoint: set save_only_model=False.")
+        if not self.store.config.training:
+            raise ValueError("The store was opened with training=False, which keeps no optimizer state.")
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        if self.store is None:
+            return super()._clip_grad_norm(model)
+        return clip_grad_norm_(model.parameters(), self.store, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None):
+        if self.store is not None and grad_norm is None:
+            return clip_grad_norm_(model.parameters(), self.store, float("inf"))
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.store is not None:
+            save_model(self.model, str(Path(output_dir, REST)))
+            # Waited for, because `Trainer` may then remove the checkpoint that unchanged records are linked to, and
+            # because what has a `trainer_state.json` should be whole.
+            self.store.checkpoint(Path(output_dir, EXPERTS), {"step": self.state.global_step}).result()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.store is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._restore(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.store is None:
+            super()._load_best_model()
+        else:
+            self._restore(self.state.best_model_checkpoint)
+
+    def _restore(self, checkpoint: str) -> None:
+        for name in (EXPERTS, REST):
+            if not Path(checkpoint, name).exists():
+                raise FileNotFoundError(f"{checkpoint} has no {name}: it is not of a run with its experts in a store.")
+        load_model(self.model, Path(checkpoint, REST))
+        self.store.restore(Path(checkpoint, EXPERTS))
