@@ -51,7 +51,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)[^)]*\)|<(?:img|a|source)\b[^>]*\b(?:src|href)=\"([^\"]+)\"")
 _PLACEHOLDER = re.compile(
-    r"\b(?:None|nan|NaN|inf|TODO|FIXME|TBD|undefined)\b|\[More Information Needed\]|<[a-z]+[_ ][a-z_ ]+>"
+    r"\b(?:None|nan|NaN|inf|TO-?DO|FIX-?ME|TBD|undefined)\b|\[More Information Needed\]|<[a-z]+[_ ][a-z_ ]+>"
 )
 _TEMPLATE = re.compile(r"\{\{|\}\}|\{%|%\}|\{#")
 LOCAL_PATH = re.compile(

@@ -31,17 +31,18 @@ def main() -> None:
 
 def train(model_arguments, arguments, config) -> None:
     """Loads, warms up if asked to, trains, and evaluates before and after."""
-    from mixturekit.trainers.expert_adapters import memory_report
+    from mixturekit.trainers.card_figures import draw_curve
+    from mixturekit.trainers.expert_adapters import load_causal_lm, memory_report
     from mixturekit.trainers.gsm8k_training import (
-        CURVES,
-        draw_curves,
         evaluate,
         load_policy,
         load_splits,
         make_trainer,
         warm_start,
+        warm_start_folder,
     )
     from mixturekit.trainers.language_modeling import check_output_dir
+    from mixturekit.trainers.ppo_card import CURVES
 
     checkpoint = check_output_dir(config)
     problems, held_out = load_splits(arguments)
@@ -49,21 +50,16 @@ def train(model_arguments, arguments, config) -> None:
     main_process = config.process_index == 0
     if main_process:
         print(memory_report(model))
-    if arguments.warm_start_steps:
-        base = Path(config.output_dir, "warm_start")
-        if checkpoint:
-            from mixturekit.trainers.expert_adapters import load_causal_lm
-
-            model = load_causal_lm(str(base), model_arguments.dtype)
-        else:
-            model = warm_start(model, tokenizer, problems, arguments, config)
-            model.save_pretrained(base)
-            tokenizer.save_pretrained(base)
+    if arguments.warm_start_steps and checkpoint:
+        model = load_causal_lm(str(warm_start_folder(config)), model_arguments.dtype)
+    elif arguments.warm_start_steps:
+        model = warm_start(model, tokenizer, problems, arguments, config)
     trainer = make_trainer(model, tokenizer, model_arguments, arguments, config, problems, held_out)
     judge = lambda name: evaluate(trainer.model, tokenizer, held_out, arguments, config, name)  # noqa: E731
     before = None if checkpoint else judge("eval_before")
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    # What it would push lacks the last evaluation still.
+    trainer.save_model(_internal_call=True)
     trainer.save_state()
     after = judge("eval_after")
     if config.push_to_hub:
@@ -71,12 +67,13 @@ def train(model_arguments, arguments, config) -> None:
     else:
         trainer.create_model_card()
     if main_process:
-        draw_curves(trainer.state.log_history, Path(config.output_dir, CURVES))
+        picture = Path(config.output_dir, "training.png")
+        draw_curve(trainer.state.log_history, CURVES, picture)
         for name, record in (("before", before), ("after", after)):
             if record is not None:
                 low, high = (100 * record[bound] for bound in ("low", "high"))
                 print(f"Held-out exact match {name}: {100 * record['value']:.1f} % ({low:.1f} to {high:.1f})")
-        print(f"Policy, logs and completions are in {config.output_dir}; curves: {Path(config.output_dir, CURVES)}")
+        print(f"Policy, logs and completions are in {config.output_dir}; curves: {picture}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from mixturekit.modeling import MoreConfig, MoreForCausalLM
 from mixturekit.trainers.arithmetic import generate_problems
-from mixturekit.trainers.language_modeling_card import language_model_card
+from mixturekit.trainers.language_modeling_card import card_of_language_model, language_model_record
 from mixturekit.trainers.language_modeling_config import LanguageModelingConfig
 from mixturekit.trainers.task_data import (
     GENERATED,
@@ -60,7 +60,8 @@ def solved(tmp_path_factory):
     save_task_arguments(arguments, 64, folder)
     state = TrainerState(log_history=[{"step": 1, "eval_loss": 0.03, "eval_perplexity": 1.03}])
     run = LanguageModelingConfig(output_dir=str(folder), use_cpu=True)
-    language_model_card(model, run, state, GENERATED).save(folder / "README.md")
+    record = language_model_record(model, run, state, GENERATED)
+    card_of_language_model(record, model.config, folder, str(folder)).save(folder / "README.md")
     return SolvedTasks(folder, model, tokenizer, arguments, stories, sums)
 
 

@@ -1,7 +1,5 @@
 """A GIF of one episode: the grid as it is rendered, and beside it what each layer's router gives its experts."""
 
-import contextlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from ..modeling import MopForActionPrediction
 from .babyai import Episode, Observations
+from .babyai_player import without_rejections
 from .minigrid_fast_path import make_level
 from .policy_actor import PolicyActor
 
@@ -48,8 +47,7 @@ def film_episode(policy: MopForActionPrediction, level: str, seed: int, path: st
         path (`str` or `Path`): Of the file.
     """
     environment = make_level(level)
-    with contextlib.redirect_stdout(io.StringIO()):
-        # Minigrid prints about the missions that it draws anew.
+    with without_rejections():
         observation, _ = environment.reset(seed=seed)
     actor = PolicyActor(policy, with_routing=policy.config.is_routed)
     state, frames, total, done = policy.initial_state(1), [], 0.0, False

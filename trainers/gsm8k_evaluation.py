@@ -6,7 +6,6 @@ What is measured are records, one dictionary for each figure: `decoding` (`greed
 
 import json
 import math
-import os
 import platform
 import re
 import time
@@ -34,6 +33,7 @@ from .metrics.answer_accuracy import wilson_interval
 from .number_extraction import extract_answer, gold_answer, has_marked_answer
 from .text_data import local_path
 from .tokenization import encode_answers, encode_prompts, load_tokenizer
+from .whole_files import write_whole, write_whole_text
 
 # Our own, and the two filters of lm-eval's task `gsm8k` (version 3).
 GRADERS = ("exact", "strict_match", "flexible_extract")
@@ -278,9 +278,7 @@ class GSM8KEvaluation:
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")
         path = self.folder / COMPLETIONS
         if mode == "w":
-            aside = path.with_suffix(".jsonl.part")
-            aside.write_bytes(data)
-            os.replace(aside, path)
+            write_whole(path, lambda aside: aside.write_bytes(data))
             return
         # Without a buffer that a killed process would lose half of.
         with open(path, "ab", buffering=0) as file:
@@ -302,10 +300,8 @@ class GSM8KEvaluation:
 
     def _save(self, records: list[dict], seconds: float) -> None:
         if self.state.is_main_process:
-            path = self.folder / RESULTS
-            aside = path.with_suffix(".json.part")
-            aside.write_text(json.dumps(self._results(records, seconds), indent=2) + "\n", encoding="utf-8")
-            os.replace(aside, path)
+            text = json.dumps(self._results(records, seconds), indent=2) + "\n"
+            write_whole_text(self.folder / RESULTS, text)
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -5,7 +5,6 @@ from functools import partial, update_wrapper
 from pathlib import Path
 
 import datasets
-import matplotlib
 import torch
 from transformers import PhimoeConfig, PhimoeForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -28,13 +27,6 @@ from .ppo_config import PPOConfig
 from .ppo_trainer import PPOTrainer
 from .tokenization import load_tokenizer, train_tokenizer
 from .word_problems import generate_word_problems
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402, the backend that needs no screen comes first
-
-CURVES = "training.png"
-# What a reader of a run wants to see first, as far as it was logged.
-_SHOWN = ("reward", "kl", "entropy", "completions/mean_length", "value/explained_variance", "clip_ratio/region_mean")
 
 
 def load_splits(arguments: GSM8KDataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -94,6 +86,11 @@ def load_policy(
     return load_causal_lm(arguments.model_name_or_path, arguments.dtype, **options), tokenizer
 
 
+def warm_start_folder(config: PPOConfig) -> Path:
+    """Where the policy lies that the warm start of a run has left."""
+    return Path(config.output_dir, "warm_start")
+
+
 def warm_start(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -101,7 +98,11 @@ def warm_start(
     arguments: GSM8KDataArguments,
     config: PPOConfig,
 ) -> PreTrainedModel:
-    """Trains on the solutions of `problems`, with TRL's `SFTTrainer` and a loss on the solution alone."""
+    """
+    Trains on the solutions of `problems`, with TRL's `SFTTrainer` and a loss on the solution alone.
+
+    Model and tokenizer are saved to the folder `warm_start` of the run, from where a resumed run loads them.
+    """
     conversational = uses_chat(arguments.prompt_format, tokenizer)
     rows = with_prompts(problems, conversational)
     answers = [f" {answer}" for answer in rows["answer"]]
@@ -109,7 +110,7 @@ def warm_start(
         answers = [[{"role": "assistant", "content": answer}] for answer in rows["answer"]]
     rows = datasets.Dataset.from_dict({"prompt": rows["prompt"], "completion": answers})
     supervised = SFTConfig(
-        output_dir=str(Path(config.output_dir, "warm_start")),
+        output_dir=str(warm_start_folder(config)),
         max_steps=arguments.warm_start_steps,
         per_device_train_batch_size=arguments.warm_start_batch_size,
         learning_rate=arguments.warm_start_learning_rate,
@@ -127,7 +128,10 @@ def warm_start(
     )
     trainer = SFTTrainer(model, supervised, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
-    return trainer.accelerator.unwrap_model(trainer.model)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    trained.save_pretrained(warm_start_folder(config))
+    tokenizer.save_pretrained(warm_start_folder(config))
+    return trained
 
 
 def reward_functions(arguments: GSM8KDataArguments) -> list:
@@ -213,22 +217,3 @@ def evaluate(
     finally:
         model.train(was_training)
     return next(record for record in report["results"] if record["grader"] == "exact")
-
-
-def draw_curves(log_history: list[dict], path: str | Path) -> None:
-    """Draws reward, divergence from the reference and others against the update, as a PNG file."""
-    curves = {
-        name: [(entry["step"], entry[name]) for entry in log_history if entry.get(name) is not None] for name in _SHOWN
-    }
-    curves = {name: points for name, points in curves.items() if points}
-    if not curves:
-        return
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(3.2 * len(curves), 2.9), squeeze=False)
-    for axis, (name, points) in zip(axes[0], curves.items(), strict=True):
-        axis.plot(*zip(*points, strict=True), linewidth=1.2)
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("update")
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -5,7 +5,6 @@ from the recurrent state that the last unroll ended with, and one step of the op
 """
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from .policy_evaluation import HeldOutEpisodes
 from .publishing import PublishingCallback, write_card
 from .training_record import routing_facts
 from .unroll_sources import UnrollSource
+from .whole_files import write_whole, write_whole_text
 
 
 class UpdateCounter(Dataset):
@@ -189,8 +189,8 @@ def save_source(source: UnrollSource, folder: str | Path, process_index: int) ->
     """Saves the place of `source` beside a checkpoint: JSON, and safetensors for the recurrent state."""
     state, tensors = _source_files(folder, process_index)
     held = {} if source.state is None else source.state.to_dict()
-    _replace(tensors, lambda path: save_file({name: value.contiguous() for name, value in held.items()}, path))
-    _replace(state, lambda path: Path(path).write_text(json.dumps(source.state_dict()), encoding="utf-8"))
+    write_whole(tensors, lambda path: save_file({name: value.contiguous() for name, value in held.items()}, path))
+    write_whole_text(state, json.dumps(source.state_dict()))
 
 
 def load_source(source: UnrollSource, policy: MopForActionPrediction, folder: str | Path, process_index: int) -> None:
@@ -213,10 +213,3 @@ def load_source(source: UnrollSource, policy: MopForActionPrediction, folder: st
 def _source_files(folder: str | Path, process_index: int) -> tuple[Path, Path]:
     name = f"environments_{process_index}"
     return Path(folder, f"{name}.json"), Path(folder, f"{name}.safetensors")
-
-
-def _replace(path: Path, write) -> None:
-    """Writes beside `path` first, so that what stands there is always whole."""
-    aside = f"{path}.part"
-    write(aside)
-    os.replace(aside, path)

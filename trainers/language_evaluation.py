@@ -5,7 +5,6 @@ and where it applies `low` and `high` (95 % interval), `count`, `digits` and `in
 """
 
 import json
-import os
 import platform
 import random
 import time
@@ -31,6 +30,7 @@ from .routing_report import write_report
 from .task_data import BABI_TASKS, TaskArguments, TaskExample, arithmetic_example, load_examples
 from .text_data import dataset_splits, load_documents, split_documents
 from .tokenization import encode_answers, encode_prompts, load_tokenizer
+from .whole_files import write_whole_text
 
 PROMPTS = (
     "The history of the town",
@@ -375,11 +375,8 @@ class LanguageModelEvaluation:
 
     def _save(self, seconds: float) -> None:
         if self.state.is_main_process:
-            path = Path(self.arguments.output_dir, RESULTS)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".json.part")
-            aside.write_text(json.dumps(self._results(seconds), indent=2) + "\n", encoding="utf-8")
-            os.replace(aside, path)
+            text = json.dumps(self._results(seconds), indent=2) + "\n"
+            write_whole_text(Path(self.arguments.output_dir, RESULTS), text)
 
 
 def routing_report_path(csv: str) -> Path:

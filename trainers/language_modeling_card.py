@@ -47,15 +47,6 @@ def language_model_record(
     return training_record("more", model, arguments, state, data, routing)
 
 
-def language_model_card(
-    model: MoreForCausalLM, arguments: TrainingArguments, state: TrainerState, dataset_name: str, prompt: str = "The"
-) -> ModelCard:
-    """A card from what the model is and what the run logged; the arguments are those of [`language_model_record`]."""
-    record = language_model_record(model, arguments, state, dataset_name, prompt)
-    repository = arguments.hub_model_id or str(arguments.output_dir)
-    return card_of_language_model(record, model.config, arguments.output_dir, repository)
-
-
 def card_of_language_model(
     record: dict, config: MoreConfig, folder: str | Path, repository: str, revision: str | None = None
 ) -> ModelCard:

@@ -6,7 +6,6 @@ What is measured are records, one dictionary for each level and way to play: `le
 """
 
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from .babyai import Episode, Turn, bot_episode, check_levels, normalized_score, 
 from .metrics.answer_accuracy import wilson_interval
 from .policy_actor import PolicyActor
 from .policy_evaluation_config import RESULTS, PolicyEvaluationArguments
+from .whole_files import write_whole_text
 
 ALL_LEVELS = "all levels"
 # The figures that are means over the levels.
@@ -302,8 +302,5 @@ class PolicyEvaluation:
 
     def _save(self, seconds: float) -> None:
         if PartialState().is_main_process:
-            path = Path(self.arguments.output_dir, RESULTS)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".json.part")
-            aside.write_text(json.dumps(self._results(seconds), indent=2) + "\n", encoding="utf-8")
-            os.replace(aside, path)
+            text = json.dumps(self._results(seconds), indent=2) + "\n"
+            write_whole_text(Path(self.arguments.output_dir, RESULTS), text)

@@ -16,6 +16,7 @@ CURVES = {
     "kl": "divergence, nats per token",
     "entropy": "entropy, nats",
     "value/explained_variance": "explained variance of returns",
+    "completions/mean_length": "tokens of a completion",
 }
 BEFORE, AFTER = "before", "after"
 _LAST = {

@@ -111,8 +111,6 @@ class PPOTrainer(GRPOTrainer):
     # Rollout
 
     def _generate_single_turn(self, *args, **kwargs):
-        if self._replay is not None:
-            self._replay.stop()
         with contextlib.ExitStack() as stack:
             if self.use_vllm:
                 # It would be sent to the server, which knows no such weight.

@@ -1,7 +1,6 @@
 """What a run leaves for its card: the command, arguments, hardware, time, the last evaluation and the routing."""
 
 import json
-import os
 import platform
 import shlex
 import sys
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState, Trainin
 
 from ..hub_cards.published_files import shareable, shareable_text
 from .routing_callback import RoutingCallback
+from .whole_files import write_whole_text
 
 RECORD = "training_record.json"
 
@@ -71,11 +71,7 @@ def training_record(
 
 def save_training_record(record: dict, folder: str | Path) -> None:
     """Saves the record beside a model; a file that is half written is never there."""
-    path = Path(folder, RECORD)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".json.part")
-    aside.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_whole_text(Path(folder, RECORD), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def load_training_record(folder: str | Path) -> dict:

@@ -3,6 +3,7 @@
 Shapes: batch = environments, or streams of demonstrations; time = steps of an unroll.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ RECENT = 100
 _BOT_EPISODES = 20
 
 
-class UnrollSource:
+class UnrollSource(ABC):
     """
     Unrolls, and the recurrent state before their first steps, which goes on from one unroll to the next.
 
@@ -28,10 +29,11 @@ class UnrollSource:
         self.state: MopState | None = None
         self.num_unrolls = 0
 
+    @abstractmethod
     def next_unroll(self, policy: MopForActionPrediction) -> tuple[Unroll, MopState]:
         """The next unroll, and the state that it starts from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, state: MopState) -> None:
         """Takes the state that the update's own forward pass ended with, without its gradient."""
 
@@ -154,6 +156,9 @@ class DaggerSource(UnrollSource):
         self.state = state
         self.num_unrolls += 1
         return record.unroll, start
+
+    def finish(self, state: MopState) -> None:
+        """Nothing: the next unroll goes on from the state that was played with."""
 
     def metrics(self) -> dict[str, float]:
         """`dagger_beta`, `bot_failures`, and what [`RecentEpisodes`] has."""
