@@ -76,6 +76,29 @@ def check_levels(env_ids: Sequence[str]) -> None:
         check_level(env_id)
 
 
+def level_of_environments(num_levels: int, num_envs: int, level_weights: Sequence[int] | None = None) -> np.ndarray:
+    """
+    The level that each environment plays, int64 `(envs,)`.
+
+    Args:
+        num_levels (`int`): Levels.
+        num_envs (`int`): Environments.
+        level_weights (`Sequence[int]`, *optional*): How many of every `sum(level_weights)` environments play each
+            level; by default one.
+
+    Raises:
+        ValueError: If the weights are not one positive number for each level, or a level would have no environment.
+    """
+    weights = [1] * num_levels if level_weights is None else list(level_weights)
+    if len(weights) != num_levels or min(weights) < 1:
+        raise ValueError(
+            f"level_weights is {weights}: give a whole number above 0 for each of the {num_levels} levels."
+        )
+    if num_envs < sum(weights):
+        raise ValueError(f"num_envs is {num_envs}: levels with weights {weights} need at least {sum(weights)}.")
+    return np.resize(np.repeat(np.arange(num_levels), weights), num_envs)
+
+
 def normalized_score(env_id: str, mean_return: float) -> float | None:
     """A mean return on the scale where random actions score 0 and the bot 1; `None` without reference returns."""
     if env_id not in REFERENCE_RETURNS:
@@ -150,7 +173,7 @@ class Unroll:
 
 class BabyAIEnvironments:
     """
-    Environments of BabyAI levels that the bot watches. Environment `i` plays level `i % len(levels)` for good, in
+    Environments of BabyAI levels that the bot watches. Each environment plays one level for good, in
     this process, and begins its next episode as soon as one has ended.
 
     Where the bot gives up, the label is -100, and the next step breaks the episode off without taking the action.
@@ -160,6 +183,8 @@ class BabyAIEnvironments:
         num_envs (`int`): How many environments, at least as many as levels.
         seed (`int`): The same seed gives the same episodes, whatever was done in those before.
         with_bot (`bool`, *optional*, defaults to `True`): Whether the bot labels.
+        level_weights (`Sequence[int]`, *optional*): How many of every `sum(level_weights)` environments play each
+            level; by default environment `i` plays level `i % len(levels)`.
 
     Attributes:
         level_index (`np.ndarray`): The level of each environment, int64 `(envs,)`.
@@ -174,14 +199,19 @@ class BabyAIEnvironments:
     ```
     """
 
-    def __init__(self, levels: Sequence[str], num_envs: int, seed: int, with_bot: bool = True):
+    def __init__(
+        self,
+        levels: Sequence[str],
+        num_envs: int,
+        seed: int,
+        with_bot: bool = True,
+        level_weights: Sequence[int] | None = None,
+    ):
         check_levels(levels)
-        if num_envs < len(levels):
-            raise ValueError(f"num_envs is {num_envs}: {len(levels)} levels need at least as many environments.")
+        self.level_index = level_of_environments(len(levels), num_envs, level_weights)
         if seed < 0:
             raise ValueError(f"seed is {seed}: choose a number of at least 0.")
         self.levels = list(levels)
-        self.level_index = np.arange(num_envs) % len(levels)
         self.num_envs = num_envs
         self.seed = seed
         self.with_bot = with_bot
@@ -252,6 +282,7 @@ class BabyAIEnvironments:
             "minigrid": MINIGRID_VERSION,
             "levels": self.levels,
             "num_envs": self.num_envs,
+            "level_index": self.level_index.tolist(),
             "seed": self.seed,
             "bot_failures": dict(self.bot_failures),
             "episode_index": list(self._episode_index),
@@ -265,7 +296,8 @@ class BabyAIEnvironments:
 
         Raises a `ValueError` if `state` is of other levels, or if this minigrid plays them differently.
         """
-        for name, own in (("levels", self.levels), ("num_envs", self.num_envs)):
+        own_levels = self.level_index.tolist()
+        for name, own in (("levels", self.levels), ("num_envs", self.num_envs), ("level_index", own_levels)):
             if state[name] != own:
                 raise ValueError(f"{name} is {own}, but the state is of {state[name]}.")
         self.seed = state["seed"]

@@ -93,7 +93,7 @@ def load_source(arguments: EnvironmentArguments, config: ImitationConfig) -> Unr
         unrolls = config.max_steps * config.gradient_accumulation_steps
         steps = arguments.dagger_beta_steps
         return DaggerSource(
-            BabyAIEnvironments(arguments.env_id, arguments.num_envs, seed),
+            BabyAIEnvironments(arguments.env_id, arguments.num_envs, seed, level_weights=arguments.level_weights),
             arguments.unroll_len,
             beta_start=arguments.dagger_beta_start,
             beta_unrolls=steps * unrolls if steps < 1 else steps * config.gradient_accumulation_steps,

@@ -63,6 +63,10 @@ class EnvironmentArguments:
         default_factory=lambda: ["BabyAI-GoToRedBall-v0"],
         metadata={"help": "Level, or several as tasks. May be repeated.", "action": RepeatableOption},
     )
+    level_weights: list[int] | None = field(
+        default=None,
+        metadata={"help": "Of dagger: how many of their sum's environments play each level; otherwise one of each."},
+    )
     algorithm: str = field(
         default="dagger", metadata={"help": "bc: from the bot's demonstrations; dagger: the bot labels what is seen."}
     )
@@ -100,6 +104,10 @@ class EnvironmentArguments:
         if self.dagger_beta_steps < 0:
             raise ValueError(f"dagger_beta_steps is {self.dagger_beta_steps}: it must be at least 0.")
         self.env_id = list(dict.fromkeys(self.env_id))
+        if self.level_weights is not None and self.algorithm == "bc":
+            raise ValueError(
+                "level_weights is for dagger: bc reads as many demonstrations of one level as of another."
+            )
         if self.num_envs < len(self.env_id):
             raise ValueError(
                 f"num_envs is {self.num_envs} for {len(self.env_id)} levels: each level needs an environment at least."

@@ -99,6 +99,8 @@ def test_without_minigrid_one_sentence_says_what_to_install():
 def test_environments_play_the_levels_in_turn_and_keep_them():
     environments = BabyAIEnvironments([RED_BALL, UNLOCK], num_envs=5, seed=0)
     assert environments.level_index.tolist() == [0, 1, 0, 1, 0] and environments.level_index.dtype == np.int64
+    weighted = BabyAIEnvironments([RED_BALL, UNLOCK], num_envs=5, seed=0, level_weights=[1, 2])
+    assert weighted.level_index.tolist() == [0, 1, 1, 0, 1]
     for _ in range(60):
         _, _, dones, episodes = environments.step(environments.expert_actions())
         levels = [environments.levels[index] for index in environments.level_index[dones]]
@@ -227,6 +229,9 @@ def test_a_run_saved_while_the_bot_has_given_up_counts_it_once():
 
 def test_a_state_of_other_environments_is_refused():
     state = BabyAIEnvironments([LOCAL], num_envs=2, seed=0).state_dict()
+    weighted = BabyAIEnvironments([LOCAL, RED_BALL], num_envs=3, seed=0, level_weights=[1, 2])
+    with pytest.raises(ValueError, match=r"level_index is \[0, 1, 0\], but the state is of \[0, 1, 1\]"):
+        BabyAIEnvironments([LOCAL, RED_BALL], num_envs=3, seed=0).load_state_dict(weighted.state_dict())
     with pytest.raises(ValueError, match="num_envs is 3, but the state is of 2"):
         BabyAIEnvironments([LOCAL], num_envs=3, seed=0).load_state_dict(state)
     with pytest.raises(ValueError, match="levels is .*GoToRedBall.*, but the state is of .*GoToLocal"):
@@ -249,7 +254,11 @@ def test_wrong_actions_are_refused(actions, message):
 
 
 def test_wrong_numbers_are_refused():
-    with pytest.raises(ValueError, match="num_envs is 1: 2 levels need at least as many"):
+    with pytest.raises(
+        ValueError, match=r"level_weights is \[1\]: give a whole number above 0 for each of the 2 levels"
+    ):
+        BabyAIEnvironments([LOCAL, RED_BALL], num_envs=4, seed=0, level_weights=[1])
+    with pytest.raises(ValueError, match=r"num_envs is 1: levels with weights \[1, 1\] need at least 2"):
         BabyAIEnvironments([LOCAL, RED_BALL], num_envs=1, seed=0)
     with pytest.raises(ValueError, match="seed is -1"):
         BabyAIEnvironments([LOCAL], num_envs=1, seed=-1)
