@@ -46,7 +46,8 @@ class ExpertStoreConfig:
             already; on memory that is not pinned it is slower.
         direct_io (`bool`, *optional*, defaults to `True`): Whether to pass the page cache of the system by.
         io_threads (`int`, *optional*, defaults to 2): Operations on the disk at once.
-        staging_records (`int`, *optional*, defaults to 4): Records, per store, that may wait to be written back.
+        staging_records (`int`, *optional*, defaults to 4): Records, per store, that may be on their way to the disk,
+            in RAM of their own.
         prefetch_next_layer (`bool`, *optional*, defaults to `False`): Whether each layer of an offloaded model, when
             it computes no gradients, asks the next layer's router which experts to bring.
         record_trace (`bool`, *optional*, defaults to `False`): Whether to keep every access for
@@ -161,6 +162,18 @@ class ExpertStore(ExpertTiers):
         """The weights of all slots of a layer's fast tier: by name, `(slots, *shape)`, without a copy."""
         return self._pool(layer).weights
 
+    def side_by_side(self, layer: int, slots: list[int]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """
+        The weights of some slots alone, `(len(slots), *shape)` without a copy, and the place of each slot in them.
+
+        What is computed for all of them, such as a gradient, then costs nothing for the other slots. Memory that
+        cannot show them so, such as that of an accelerator, gives all slots.
+        """
+        windows = self._pool(layer).windows
+        if windows is None:
+            return self.weights(layer), slots
+        return self.layout.weights(windows.window(slots)), list(range(len(slots)))
+
     def memory(self, layer: int, slot: int) -> torch.Tensor:
         """The record in a slot, uint8 `(layout.memory_bytes,)`."""
         return self._pool(layer).fast.memory[slot]
@@ -267,7 +280,9 @@ class ExpertStore(ExpertTiers):
             for pool in self._pools:
                 for tier in (pool.fast, pool.ram):
                     for key, row in tier.rows.items():
-                        self._write_back(key, tier.memory[row])
+                        # Nothing changes it before all is written, so that the host writes it from where it is.
+                        memory = tier.memory[row]
+                        self._write_back(key, memory, staged=memory.device.type != "cpu")
             self._finish_writes()
             self.files.commit(metadata or {})
         if path is not None:
@@ -311,6 +326,7 @@ class ExpertStore(ExpertTiers):
         self._copier.shutdown()
         self.files.close()
         self._pools.clear()
+        del self._ram
         self.wait_for_copy()
 
     def _check(self) -> None:

@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from mmap import PAGESIZE
 
 import torch
 
@@ -19,6 +20,7 @@ from .expert_files import ExpertFiles, Pending
 from .expert_policies import POLICIES, EvictionPolicy
 from .expert_records import RecordInfo
 from .expert_statistics import StoreStats
+from .row_windows import RowWindows
 
 Key = tuple[int, int]
 
@@ -34,17 +36,16 @@ class Tier:
 
     Args:
         memory (`torch.Tensor` of shape `(rows, bytes)`): The records, in uint8.
+        free (`list[int]`): Rows without a record; tiers that share their memory share this list, too.
         capacity (`int`): Records at most.
         policy ([`EvictionPolicy`]): Hears of every use.
     """
 
     memory: torch.Tensor
+    free: list[int]
     capacity: int
     policy: EvictionPolicy
     rows: dict[Key, int] = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.free = list(range(len(self.memory)))[::-1]
 
     def add(self, key: Key, row: int) -> None:
         """Gives a row, which is no longer free, to `key`."""
@@ -65,11 +66,31 @@ class Pool:
     Args:
         fast ([`Tier`]), ram ([`Tier`]): The tiers.
         weights (`dict[str, torch.Tensor]`): Views of the weights in the fast one, each `(slots, *shape)`.
+        windows ([`RowWindows`], *optional*): What shows some slots side by side, where the memory can.
     """
 
     fast: Tier
     ram: Tier
     weights: dict[str, torch.Tensor]
+    windows: RowWindows | None
+
+
+@dataclass
+class Writing:
+    """
+    A record on its way to the disk.
+
+    Args:
+        memory (`torch.Tensor`): What is written, which must not change meanwhile.
+        row (`int`, *optional*): The row in RAM that is free once it has been written.
+        info ([`RecordInfo`]): With the checksums of `memory`.
+        pending ([`Pending`]): The operations.
+    """
+
+    memory: torch.Tensor
+    row: int | None
+    info: RecordInfo
+    pending: Pending
 
 
 class Hold:
@@ -115,7 +136,7 @@ class ExpertTiers:
         fast_capacity (`int`), ram_capacity (`int`): Experts in each tier of a pool.
         num_pools (`int`): 1, or as many as there are layers.
         policy (`str`): One of [`POLICIES`].
-        staging_records (`int`): Records that may wait to be written.
+        staging_records (`int`): Records that may be on their way to the disk.
         device (`torch.device`): Of the fast tier.
     """
 
@@ -132,10 +153,12 @@ class ExpertTiers:
         self.files, self.layout, self.device = files, files.layout, device
         self.stats = StoreStats()
         self.gradients: dict[Key, dict[str, torch.Tensor]] = {}
-        pinned = device.type == "cuda"
-        self._pools = [self._build_pool(fast_capacity, ram_capacity, policy, pinned) for _ in range(num_pools)]
-        self._staging = aligned_buffer(staging_records, self.layout.memory_bytes, pinned)
-        self._free_staging = list(range(staging_records))
+        # All pools have their rows in RAM from one buffer, because a row that has left its tier may still be written
+        # for a while. Each has one more than its capacity, for an expert that comes down while another one goes up.
+        rows = num_pools * (ram_capacity + 1) + staging_records
+        self._ram = aligned_buffer(rows, self.layout.memory_bytes, pinned=device.type == "cuda")
+        self._free_ram, self._most_writes = list(range(rows))[::-1], staging_records
+        self._pools = [self._build_pool(fast_capacity, ram_capacity, policy) for _ in range(num_pools)]
         # Guards all of the below. Copies in memory are made under it, operations on the disk are not.
         self._lock = threading.Condition(threading.RLock())
         self._pins: Counter[Key] = Counter()
@@ -143,7 +166,7 @@ class ExpertTiers:
         self._loading: set[Key] = set()
         # Records in memory that the disk does not have yet, and those on their way to it.
         self._dirty: dict[Key, RecordInfo] = {}
-        self._writing: OrderedDict[Key, tuple[int, RecordInfo, Pending]] = OrderedDict()
+        self._writing: OrderedDict[Key, Writing] = OrderedDict()
         self._wanted: deque[Key] = deque()
         self._prefetching: Key | None = None
         self._prefetched: set[Key] = set()
@@ -214,19 +237,21 @@ class ExpertTiers:
     def _pool(self, layer: int) -> Pool:
         return self._pools[layer if len(self._pools) > 1 else 0]
 
-    def _build_pool(self, fast_capacity: int, ram_capacity: int, policy: str, pinned: bool) -> Pool:
-        size, build = self.layout.memory_bytes, POLICIES[policy]
-        if self.device.type == "cpu":
+    def _build_pool(self, fast_capacity: int, ram_capacity: int, policy: str) -> Pool:
+        size, build, windows = self.layout.memory_bytes, POLICIES[policy], None
+        if self.device.type != "cpu":
+            memory = torch.zeros(fast_capacity, size, dtype=torch.uint8, device=self.device)
+        elif self.layout.weights_bytes % PAGESIZE or size % PAGESIZE:
             memory = aligned_buffer(fast_capacity, size)
         else:
-            memory = torch.zeros(fast_capacity, size, dtype=torch.uint8, device=self.device)
-        # A row more than the capacity, for the moment in which an expert goes down while another one comes up.
-        ram = aligned_buffer(ram_capacity + 1 if ram_capacity else 0, size, pinned)
+            windows = RowWindows(fast_capacity, size, self.layout.weights_bytes)
+            memory = windows.memory
         # `data` has a version of its own: that one expert arrives must not invalidate what autograd saved of others.
         return Pool(
-            Tier(memory, fast_capacity, build(fast_capacity)),
-            Tier(ram, ram_capacity, build(ram_capacity)),
+            Tier(memory, list(range(fast_capacity))[::-1], fast_capacity, build(fast_capacity)),
+            Tier(self._ram, self._free_ram, ram_capacity, build(ram_capacity)),
             self.layout.weights(memory.data),
+            windows,
         )
 
     def _check(self) -> None:
@@ -240,7 +265,7 @@ class ExpertTiers:
     def _info(self, key: Key) -> RecordInfo:
         if key in self._dirty:
             return self._dirty[key]
-        return self._writing[key][1] if key in self._writing else self.files.info(key)
+        return self._writing[key].info if key in self._writing else self.files.info(key)
 
     def _count(self, pool: Pool, keys: list[Key], counted: bool) -> None:
         for key in keys:
@@ -282,7 +307,7 @@ class ExpertTiers:
         for tier in (pool.fast, pool.ram):
             if key in tier.rows:
                 return tier.memory[tier.rows[key]]
-        return self._staging[self._writing[key][0]] if key in self._writing else None
+        return self._writing[key].memory if key in self._writing else None
 
     def _admit(self, key: Key, priority: int) -> list[tuple[Key, torch.Tensor, torch.Tensor, Pending]]:
         """Gives `key` a slot; returns what has to be finished if its record comes from the disk."""
@@ -294,7 +319,7 @@ class ExpertTiers:
             memory.copy_(pool.ram.memory[row])
             pool.ram.free.append(row)
         elif key in self._writing:
-            memory.copy_(self._staging[self._writing[key][0]])
+            memory.copy_(self._writing[key].memory)
         else:
             if self.device.type != "cpu":
                 target = aligned_buffer(1, self.layout.memory_bytes, pinned=True)[0]
@@ -311,18 +336,20 @@ class ExpertTiers:
         leaving = self._victim(pool.fast)
         if leaving is None:
             raise NoRoomError("Every slot of the fast tier is in use.")
-        memory = pool.fast.memory[pool.fast.rows[leaving]]
         ram = pool.ram
         room = ram.capacity + (arriving in ram.rows)
         if ram.capacity > 0 and len(ram.rows) >= room and (dropped := self._victim(ram)) is not None:
-            self._write_back(dropped, ram.memory[ram.rows[dropped]])
-            ram.free.append(ram.remove(dropped))
-        if len(ram.rows) < room and ram.free:
+            row = ram.rows[dropped]
+            if not self._write_back(dropped, ram.memory[row], row):
+                ram.free.append(row)
+            ram.remove(dropped)
+        memory = pool.fast.memory[pool.fast.rows[leaving]]
+        if len(ram.rows) < room:
             row = ram.free.pop()
             ram.memory[row].copy_(memory)
             ram.add(leaving, row)
         else:
-            self._write_back(leaving, memory)
+            self._write_back(leaving, memory, staged=True)
         self.stats.prefetches_wasted += leaving in self._prefetched
         self._prefetched.discard(leaving)
         return pool.fast.remove(leaving)
@@ -332,28 +359,33 @@ class ExpertTiers:
         free = [key for key in tier.policy.candidates() if self._pins[key] == 0]
         return next((key for key in free if key not in self.gradients), free[0] if free else None)
 
-    def _write_back(self, key: Key, memory: torch.Tensor) -> None:
+    def _write_back(self, key: Key, memory: torch.Tensor, row: int | None = None, staged: bool = False) -> bool:
+        """
+        Starts to write the record `memory` if it has changed, and says so. It is written from where it is, a `row` in
+        RAM that is free afterwards, or from a copy if `staged`.
+        """
         info = self._dirty.get(key)
         if info is None:
-            return
+            return False
         if key in self._writing:
             self._finish_write(key)
-        while not self._free_staging:
+        while len(self._writing) >= self._most_writes:
             self._finish_write(next(iter(self._writing)))
-        row = self._free_staging.pop()
-        staged = self._staging[row]
-        staged.copy_(memory)
-        info = self.layout.sealed(staged, info)
-        self._writing[key] = (row, info, self.files.write(key, staged, info))
+        if staged:
+            row = self._free_ram.pop()
+            memory = self._ram[row].copy_(memory)
+        info = self.layout.sealed(memory, info)
+        self._writing[key] = Writing(memory, row, info, self.files.write(key, memory, info))
         del self._dirty[key]
         self.stats.write_backs += 1
+        return True
 
     def _finish_write(self, key: Key) -> None:
         # If this raises, the record stays where it is, and whoever needs it next meets the error again.
-        row, _, pending = self._writing[key]
-        pending.result()
-        del self._writing[key]
-        self._free_staging.append(row)
+        self._writing[key].pending.result()
+        row = self._writing.pop(key).row
+        if row is not None:
+            self._free_ram.append(row)
 
     def _finish_writes(self) -> None:
         for key in list(self._writing):

@@ -266,7 +266,9 @@ class OffloadedExperts:
         slots = hold.wait()
         weights = self.store.weights(self.layer)
         if torch.is_grad_enabled():
-            weights = dict(zip(weights, _HeldWeights.apply(self.anchor, self, hold, experts, slots), strict=True))
+            weights, slots = self.store.side_by_side(self.layer, slots)
+            held = _HeldWeights.apply(self.anchor, self, hold, experts, slots, weights)
+            weights = dict(zip(weights, held, strict=True))
         index = self._slots_of(experts, slots, top_k_index)
         with self._placed(weights), self._cached_routes(experts, slots, *args):
             output = self.forward(hidden_states, index, top_k_weights, *args, **kwargs)
@@ -359,8 +361,10 @@ class OffloadedExperts:
     def _take_gradients(self, experts: list[int], slots: list[int], names: list[str], gradients: tuple) -> None:
         if self.store.config.training:
             for expert, slot in zip(experts, slots, strict=True):
-                # A copy, because the gradients of the slots that this batch does not use need not stay.
-                parts = {name: part[slot].clone() for name, part in zip(names, gradients, strict=True)}
+                parts = {name: part[slot] for name, part in zip(names, gradients, strict=True)}
+                if len(gradients[0]) > len(experts):
+                    # The gradients of the slots that this batch does not use need not stay.
+                    parts = {name: part.clone() for name, part in parts.items()}
                 self.store.add_gradient(self.layer, expert, parts)
 
 
@@ -368,18 +372,17 @@ class _HeldWeights(torch.autograd.Function):
     """The weights of a fast tier, whose gradients go to the store; held until the backward pass, or as long as it."""
 
     @staticmethod
-    def forward(ctx, anchor, owner, hold, experts, slots):
-        ctx.owner, ctx.hold, ctx.experts, ctx.slots = owner, hold, experts, slots
-        return tuple(part.detach() for part in owner.store.weights(owner.layer).values())
+    def forward(ctx, anchor, owner, hold, experts, slots, weights):
+        ctx.owner, ctx.hold, ctx.experts, ctx.slots, ctx.names = owner, hold, experts, slots, list(weights)
+        return tuple(part.detach() for part in weights.values())
 
     @staticmethod
     def backward(ctx, *gradients):
         if ctx.hold.released:
             raise RuntimeError("The experts of this graph have left the fast tier: it has one backward pass only.")
-        owner = ctx.owner
-        owner._take_gradients(ctx.experts, ctx.slots, list(owner.store.weights(owner.layer)), gradients)
+        ctx.owner._take_gradients(ctx.experts, ctx.slots, ctx.names, gradients)
         ctx.hold.release()
-        return None, None, None, None, None
+        return None, None, None, None, None, None
 
 
 class _Wave(torch.autograd.Function):
@@ -405,7 +408,8 @@ class _Wave(torch.autograd.Function):
         owner, store = ctx.owner, ctx.owner.store
         with store.held(owner.layer, ctx.experts, counted=False) as slots:
             rows = rows.detach().requires_grad_()
-            weights = {name: part.detach().requires_grad_() for name, part in store.weights(owner.layer).items()}
+            weights, slots = store.side_by_side(owner.layer, slots)
+            weights = {name: part.detach().requires_grad_() for name, part in weights.items()}
             with torch.enable_grad(), torch.autocast(rows.device.type, **ctx.autocast):
                 output, _ = ctx.compute(weights, rows, owner._slots_of(ctx.experts, slots, index))
             wanted = [rows, *weights.values()] if store.config.training else [rows]

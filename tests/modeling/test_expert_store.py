@@ -157,15 +157,16 @@ class StoreMachine(RuleBasedStateMachine):
     def tiers_are_exclusive_and_within_capacity(self):
         if hasattr(self, "store"):
             with self.store._lock:
-                staged = [row for row, _, _ in self.store._writing.values()]
-                assert sorted([*staged, *self.store._free_staging]) == list(range(self.config.staging_records))
+                used = [write.row for write in self.store._writing.values() if write.row is not None]
+                used += [row for pool in self.store._pools for row in pool.ram.rows.values()]
+                assert sorted([*used, *self.store._free_ram]) == list(range(len(self.store._ram)))
+                assert len(self.store._writing) <= self.config.staging_records
             for pool in self.store._pools:
                 with self.store._lock:
                     assert not set(pool.fast.rows) & set(pool.ram.rows)
                     assert len(pool.fast.rows) <= self.config.fast_capacity
                     assert len(pool.ram.rows) <= self.config.ram_capacity
                     assert sorted([*pool.fast.rows.values(), *pool.fast.free]) == list(range(len(pool.fast.memory)))
-                    assert sorted([*pool.ram.rows.values(), *pool.ram.free]) == list(range(len(pool.ram.memory)))
 
     def teardown(self):
         if hasattr(self, "store"):
