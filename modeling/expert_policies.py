@@ -5,7 +5,7 @@ A key names an expert, such as `(layer, expert)`. A policy hears of every use, a
 """
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 Key = Hashable
@@ -126,11 +126,11 @@ class TaskFrequency:
 
     Args:
         capacity (`int`): Experts in the tier.
-        half_life (`float`, *optional*): Accesses after which a use counts a half; four times the tier if unset.
+        half_life (`float`, *optional*): Accesses after which a use counts a half; 16 times the tier if unset.
     """
 
     def __init__(self, capacity: int, half_life: float | None = None):
-        self._growth = 2 ** (1 / (half_life or 4 * max(capacity, 1)))
+        self._growth = 2 ** (1 / (half_life or 16 * max(capacity, 1)))
         self._weight = 1.0
         self._clock = 0
         self._task: Hashable = None
@@ -178,42 +178,55 @@ POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
 }
 
 
-def replay_hits(accesses: Iterable[Key], policy: EvictionPolicy, capacity: int) -> int:
-    """How many of `accesses` a tier of `capacity` experts under `policy` would have had at hand."""
+def replay_hits(batches: Iterable[Sequence[Key]], policy: EvictionPolicy, capacity: int) -> int:
+    """
+    How many accesses would have found their expert in a tier of `capacity` under `policy`.
+
+    Args:
+        batches (`Iterable[Sequence[Key]]`): The different experts of each batch; those that are there are used first.
+        policy ([`EvictionPolicy`]): New.
+        capacity (`int`): Experts in the tier.
+    """
     present: set[Key] = set()
     hits = 0
-    for key in accesses:
-        if key in present:
-            hits += 1
+    for batch in batches:
+        there = [key for key in batch if key in present]
+        hits += len(there)
+        for key in there:
             policy.use(key)
-            continue
-        if len(present) >= capacity:
-            victim = next(policy.candidates())
-            policy.remove(victim)
-            present.discard(victim)
-        policy.add(key)
-        present.add(key)
+        pinned = set(there)
+        for key in batch:
+            if key in pinned:
+                continue
+            if len(present) >= capacity:
+                # As in a store, those of the batch itself leave only if they are more than the tier holds.
+                victims = list(policy.candidates())
+                victim = next((other for other in victims if other not in pinned), victims[0])
+                policy.remove(victim)
+                present.remove(victim)
+            policy.add(key)
+            present.add(key)
+            pinned.add(key)
     return hits
 
 
-def optimal_hits(accesses: Iterable[Key], capacity: int) -> int:
+def optimal_hits(batches: Iterable[Sequence[Key]], capacity: int) -> int:
     """
-    The most hits that any policy could have: evicting what is needed the latest (Belady 1966).
+    The most hits that any policy could have: keeping what is needed the soonest (Belady 1966).
 
-    Needs to know the future, so it is a bound for recorded accesses and no policy.
+    Needs to know the future, so it is a bound for recorded accesses and no policy. The arguments are those of
+    [`replay_hits`].
     """
-    accesses = list(accesses)
-    following: list[int] = [0] * len(accesses)
+    batches = list(batches)
+    following: list[dict[Key, int]] = []
     next_use: dict[Key, int] = {}
-    for position in range(len(accesses) - 1, -1, -1):
-        following[position] = next_use.get(accesses[position], len(accesses))
-        next_use[accesses[position]] = position
+    for position in range(len(batches) - 1, -1, -1):
+        following.append({key: next_use.get(key, len(batches)) for key in batches[position]})
+        next_use |= dict.fromkeys(batches[position], position)
     present: dict[Key, int] = {}
     hits = 0
-    for position, key in enumerate(accesses):
-        hits += key in present
-        if key not in present and len(present) >= capacity:
-            victim = max(present, key=present.get)
-            del present[victim]
-        present[key] = following[position]
+    for batch in batches:
+        hits += len(present.keys() & set(batch))
+        present |= following.pop()
+        present = dict(sorted(present.items(), key=lambda entry: entry[1])[:capacity])
     return hits

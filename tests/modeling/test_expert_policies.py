@@ -17,57 +17,58 @@ from mixturekit.modeling.expert_policies import (
     replay_hits,
 )
 
-ACCESSES = st.lists(st.integers(0, 6), max_size=40)
+# The experts of each batch.
+BATCHES = st.lists(st.lists(st.integers(0, 6), max_size=4, unique=True), max_size=12)
 
 
-def hits_of_recency(accesses, capacity):
+def one_by_one(*keys):
+    return [[key] for key in keys]
+
+
+def hits_of_recency(batches, capacity):
     order, hits = [], 0
-    for key in accesses:
-        if key in order:
-            hits += 1
-            order.remove(key)
-        order = [*order, key][-capacity:]
+    for batch in batches:
+        there = [key for key in batch if key in order]
+        hits += len(there)
+        for key in [*there, *(key for key in batch if key not in there)]:
+            order = [*(other for other in order if other != key), key][-capacity:]
     return hits
 
 
-def hits_of_the_best_choice(accesses, capacity):
-    """By trying every victim."""
+def hits_of_the_best_choice(batches, capacity):
+    """By trying everything that could be kept after each batch."""
     states = {frozenset(): 0}
-    for key in accesses:
+    for batch in batches:
         after = {}
         for present, hits in states.items():
-            if key in present:
-                options = [(present, hits + 1)]
-            elif len(present) < capacity:
-                options = [(present | {key}, hits)]
-            else:
-                options = [(present - {victim} | {key}, hits) for victim in present]
-            for option, count in options:
-                after[option] = max(after.get(option, 0), count)
+            count = hits + len(present & set(batch))
+            for kept in itertools.combinations(present | set(batch), min(capacity, len(present | set(batch)))):
+                after[frozenset(kept)] = max(after.get(frozenset(kept), 0), count)
         states = after
     return max(states.values())
 
 
-@given(ACCESSES, st.integers(1, 5))
+@given(BATCHES, st.integers(1, 5))
 @settings(deadline=None)
-def test_bound_is_the_best_that_any_choice_reaches(accesses, capacity):
-    assert optimal_hits(accesses, capacity) == hits_of_the_best_choice(accesses, capacity)
+def test_bound_is_the_best_that_any_choice_reaches(batches, capacity):
+    assert optimal_hits(batches, capacity) == hits_of_the_best_choice(batches, capacity)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@given(accesses=ACCESSES, capacity=st.integers(1, 8))
+@given(batches=BATCHES, capacity=st.integers(1, 8))
 @settings(deadline=None)
-def test_no_policy_beats_the_bound_and_none_misses_what_fits(policy, accesses, capacity):
-    hits = replay_hits(accesses, POLICIES[policy](capacity), capacity)
-    assert hits <= optimal_hits(accesses, capacity)
+def test_no_policy_beats_the_bound_and_none_misses_what_fits(policy, batches, capacity):
+    hits = replay_hits(batches, POLICIES[policy](capacity), capacity)
+    assert hits <= optimal_hits(batches, capacity)
+    accesses = [key for batch in batches for key in batch]
     if len(set(accesses)) <= capacity:
         assert hits == len(accesses) - len(set(accesses))
 
 
-@given(ACCESSES, st.integers(1, 5))
+@given(BATCHES, st.integers(4, 6))
 @settings(deadline=None)
-def test_least_recently_used(accesses, capacity):
-    assert replay_hits(accesses, LeastRecentlyUsed(capacity), capacity) == hits_of_recency(accesses, capacity)
+def test_least_recently_used(batches, capacity):
+    assert replay_hits(batches, LeastRecentlyUsed(capacity), capacity) == hits_of_recency(batches, capacity)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -89,7 +90,7 @@ def test_small_and_main_queues_let_a_scan_pass():
     policy = SmallMainQueues(10)
     working = list(range(8)) * 4
     scan = list(itertools.chain.from_iterable((100 + number, number % 8) for number in range(40)))
-    hits = replay_hits(working + scan, policy, 10)
+    hits = replay_hits(one_by_one(*working, *scan), policy, 10)
     assert hits == 24 + 40
     assert set(range(8)) <= set(policy.candidates())
 
