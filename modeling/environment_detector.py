@@ -22,11 +22,11 @@ class EnvironmentDetector(nn.Module):
         num_games (`int`), num_layers (`int`), num_experts (`int`): What there is.
         channels (`int`): Width of its convolution.
         frame_size (`int`): Pixels along one side.
-        decay (`float`, *optional*, defaults to 0.98): Of the averages of use, at each call of `remember`.
+        decay (`float`, *optional*, defaults to 0.9): Of the averages of use, at each call of `remember`.
     """
 
     def __init__(
-        self, num_games: int, num_layers: int, num_experts: int, channels: int, frame_size: int, decay: float = 0.98
+        self, num_games: int, num_layers: int, num_experts: int, channels: int, frame_size: int, decay: float = 0.9
     ):
         super().__init__()
         side = (frame_size // POOLING - 5) // 2 + 1
@@ -41,7 +41,7 @@ class EnvironmentDetector(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """Logits `(batch, games)` of uint8 frames, of which the last of each stack is looked at."""
         last = frames[:, -1:].to(self.classifier.weight.dtype) / 255
-        features = F.relu(self.convolution(F.avg_pool2d(last, POOLING)))
+        features = F.gelu(self.convolution(F.avg_pool2d(last, POOLING)))
         return self.classifier(features.flatten(1))
 
     def loss(self, frames: Tensor, games: Tensor) -> tuple[Tensor, Tensor]:

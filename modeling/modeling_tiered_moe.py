@@ -161,7 +161,7 @@ class TieredMoePreTrainedModel(PreTrainedModel):
         | experts | normal, `initializer_range`, the second map divided by sqrt(2 * layers) |
         | embeddings of games | normal, 1, as wide as the normed tokens that they stand beside |
         | norms, games' scales | one |
-        | memories of the detector | zero |
+        | detector | orthogonal, biases and memories zero |
         """
         super()._init_weights(module)
         std = self.config.initializer_range
@@ -175,6 +175,9 @@ class TieredMoePreTrainedModel(PreTrainedModel):
             init.normal_(module.up_proj, std=std)
             init.normal_(module.down_proj, std=std / math.sqrt(2 * self.config.num_layers))
         elif isinstance(module, EnvironmentDetector):
+            for part, gain in ((module.convolution, math.sqrt(2)), (module.classifier, 1.0)):
+                init.orthogonal_(part.weight, gain)
+                init.zeros_(part.bias)
             for memory in (module.usage, module.recent, module.last_belief):
                 init.zeros_(memory)
         elif isinstance(module, TieredMoeModel):

@@ -1,4 +1,4 @@
-"""Advantages and returns of completions.
+"""Advantages and returns of completions, and of what was played in games.
 
 Shapes: batch; time, the tokens of a completion; a mask is true for tokens that count.
 """
@@ -34,6 +34,32 @@ def generalized_advantages(
         following = (delta + gamma * lam * following) * mask[:, step]
         advantages[:, step], later_value = following, values[:, step]
     return advantages, advantages + values
+
+
+def rollout_advantages(
+    rewards: Tensor, values: Tensor, last_values: Tensor, ended: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """
+    Generalized advantage estimation of steps in environments that begin anew when an episode ends.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(time, envs)`): Of each step; where an episode was truncated, with the
+            discounted value of what it saw last.
+        values (`torch.Tensor` of shape `(time, envs)`): Of the state before each step.
+        last_values (`torch.Tensor` of shape `(envs,)`): Of the state after the last one.
+        ended (`torch.Tensor` of shape `(time, envs)`): Whether the step has ended its episode.
+        gamma (`float`), lam (`float`): As in [`generalized_advantages`].
+
+    Returns:
+        `torch.Tensor`: Advantages `(time, envs)`; returns are their sum with `values`.
+    """
+    advantages, goes_on = torch.zeros_like(values), (~ended).to(values.dtype)
+    following = torch.zeros_like(last_values)
+    for step in reversed(range(len(values))):
+        later_value = last_values if step == len(values) - 1 else values[step + 1]
+        delta = rewards[step] + gamma * later_value * goes_on[step] - values[step]
+        following = advantages[step] = delta + gamma * lam * goes_on[step] * following
+    return advantages
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PPO over games: what was played is what is learned from, from a store as from memory, resumed as never stopped."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mixturekit.modeling import TieredMoeForActorCritic
+from mixturekit.trainers.advantages import rollout_advantages
+from mixturekit.trainers.agent_evaluation import play_at_random, play_episodes
+from mixturekit.trainers.agent_experts import build_agent
+from mixturekit.trainers.atari import GameEnvironments
+from mixturekit.trainers.continual import load_agent_config, train_agent
+from mixturekit.trainers.continual_ppo_config import AgentArguments, ContinualPpoConfig, GameArguments
+from mixturekit.trainers.continual_ppo_trainer import ContinualPpoTrainer, most_used, ppo_loss
+from mixturekit.trainers.game_rollout import GamePlayer
+
+GAMES = ["builtin:catch", "builtin:signal"]
+AGENT = {
+    "expert_dim": 32,
+    "expert_hidden_dim": 16,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "num_experts": 8,
+    "hbm_capacity": 4,
+    "dram_capacity": 4,
+    "context_len": 3,
+    "encoder_channels": [4, 8],
+    "routing_condition": "environment",
+}
+RUN = {"num_steps": 8, "segment_len": 4, "num_minibatches": 2, "update_epochs": 2, "use_cpu": True}
+# Two updates a game.
+PLAY = {"games": GAMES, "steps_per_game": 64, "num_envs": 4, "eval_episodes": 2, "eval_max_steps": 20}
+
+
+def arguments(folder, agent=None, play=None, **run):
+    return (
+        AgentArguments(**{**AGENT, **(agent or {})}),
+        GameArguments(**{**PLAY, **(play or {})}),
+        ContinualPpoConfig(output_dir=str(folder), **{**RUN, **run}),
+    )
+
+
+def build_trainer(folder, agent=None, play=None, **run):
+    own, games, config = arguments(folder, agent, play, **run)
+    Path(config.output_dir).mkdir(exist_ok=True)
+    experts = build_agent(own, load_agent_config(own, games.games), config)
+    return ContinualPpoTrainer(experts, config, games, own)
+
+
+def begun(trainer):
+    trainer.open_games()
+    trainer.player.begin()
+    return trainer
+
+
+def weights(folder):
+    return {name: part for path in Path(folder).glob("model*.safetensors") for name, part in load_file(path).items()}
+
+
+def assert_same_weights(folder, other):
+    one, two = weights(folder), weights(other)
+    assert one.keys() == two.keys()
+    for name, part in one.items():
+        assert torch.equal(part, two[name]), name
+
+
+def test_advantages_are_those_of_a_plain_loop_over_episodes():
+    torch.manual_seed(0)
+    rewards, values, last = torch.randn(6, 2), torch.randn(6, 2), torch.randn(2)
+    ended = torch.zeros(6, 2, dtype=torch.bool)
+    ended[2, 0] = ended[5, 1] = True
+    result = rollout_advantages(rewards, values, last, ended, 0.9, 0.8)
+    for env in range(2):
+        for start in range(6):
+            total, factor = 0.0, 1.0
+            for step in range(start, 6):
+                following = last[env] if step == 5 else values[step + 1, env]
+                following = 0.0 if ended[step, env] else following
+                total += factor * (rewards[step, env] + 0.9 * following - values[step, env])
+                factor *= 0.9 * 0.8
+                if ended[step, env]:
+                    break
+            torch.testing.assert_close(result[start, env], torch.as_tensor(total))
+
+
+def test_what_was_played_has_the_same_probability_when_it_is_learned_from(tmp_path):
+    trainer = begun(build_trainer(tmp_path, play={"games": ["builtin:signal"]}))
+    for _ in range(2):
+        # Long enough for episodes of 64 steps to end within.
+        segments = trainer.player.play(40, 8, 0.99, 0.95)
+        assert segments.inputs["frames"].shape == (20, 8, 4, 84, 84)
+        outputs = trainer.agent(**segments.inputs, state=segments.state)
+        log_probs = outputs.logits.log_softmax(dim=-1).gather(-1, segments.actions.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(log_probs, segments.log_probs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(outputs.values, segments.values, rtol=1e-4, atol=1e-5)
+    assert len(trainer.player.finished) == 4
+    _, figures = ppo_loss(outputs, segments, trainer.config)
+    assert figures["losses/clipfrac"] == 0
+
+
+def test_truncated_episodes_are_worth_what_they_saw_last():
+    torch.manual_seed(0)
+    own, games, config = arguments("out", play={"games": ["builtin:signal"]})
+    agent = TieredMoeForActorCritic(load_agent_config(own, games.games)).eval()
+    environments = GameEnvironments(["builtin:signal"], 2, seed=0)
+    player = GamePlayer(agent, environments, torch.zeros(2, dtype=torch.long), torch.Generator().manual_seed(0))
+    player.begin()
+    player.play(63, 63, 0.99, 0.95)
+    before = copy.deepcopy(player.memory)
+    with torch.no_grad():
+        agent.value_head.bias.fill_(10.0)
+        part = player._step(0.99)
+    assert part["ended"].all() and (part["gained"] - player.memory.rewards > 5).all()
+    # A new episode knows nothing of it.
+    assert player.memory.returns.tolist() == [0, 0] and before.returns.any()
+
+
+def test_a_store_learns_what_memory_learns(tmp_path):
+    trainers = [
+        begun(build_trainer(tmp_path / "memory")),
+        begun(build_trainer(tmp_path / "store", {"nvme_path": str(tmp_path / "nvme")})),
+    ]
+    for _ in range(2):
+        for trainer in trainers:
+            trainer._update_once()
+    memory, store = (trainer.agent for trainer in trainers)
+    # Eight updates by Adam of 2.5e-4 each; sums in another order round differently.
+    tolerance = {"rtol": 1e-3, "atol": 5e-5}
+    for name, part in store.named_parameters():
+        torch.testing.assert_close(part, memory.get_parameter(name), **tolerance)
+    for layer, module in enumerate(trainers[0].experts.modules):
+        updates = trainers[0].experts.optimizer.state[module.up_proj]["step"]
+        for expert in range(8):
+            assert trainers[1].experts.store.info(layer, expert).step == updates[expert]
+            for name, part in trainers[1].experts.store.read_weights(layer, expert).items():
+                torch.testing.assert_close(part, module.get_parameter(name)[expert], **tolerance)
+    assert trainers[1].experts.store.stats.disk_misses + trainers[1].experts.store.stats.ram_hits > 0
+    trainers[1].experts.close()
+
+
+@pytest.mark.parametrize("place", ["memory", "store"])
+@pytest.mark.parametrize("stop", [1, 3], ids=["in the first game", "in the second"])
+def test_resumed_in_the_middle_of_a_game_it_learns_what_it_would_have(place, stop, tmp_path):
+    def agent(folder):
+        return {"nvme_path": str(tmp_path / f"nvme_{folder}")} if place == "store" else {}
+
+    options = {"replay_coef": 1.0, "ewc_coef": 10.0, "freeze_router": "after_first_game"}
+    whole = train_agent(*arguments(tmp_path / "whole", agent("whole"), **options))
+    stopped = train_agent(*arguments(tmp_path / "parts", agent("parts"), max_updates=stop, **options))
+    assert whole["finished"] and not stopped["finished"] and stopped["updates"] == stop
+    resumed = train_agent(*arguments(tmp_path / "parts", agent("parts"), resume_from_checkpoint="last", **options))
+    assert resumed["finished"] and resumed["updates"] == whole["updates"] == 4
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert resumed["evaluations"] == whole["evaluations"] and resumed["curves"] == whole["curves"]
+    lines = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").open()] for run in ("whole", "parts")]
+    assert [line["update"] for line in lines[0]] == [line["update"] for line in lines[1]]
+
+
+def test_arms_differ_in_what_they_say(tmp_path):
+    """Every arm trains, and leaves the results that a study compares."""
+    arms = {
+        "active": {"dense": "active"},
+        "total": {"dense": "total"},
+        "heads": {"per_game_heads": True, "per_game_norm": True},
+        "content": {"routing_condition": "content", "router_balancing": "all_games"},
+    }
+    for name, agent in arms.items():
+        results = train_agent(*arguments(tmp_path / name, agent))
+        assert np.isfinite(results["metrics"]["average_forgetting"])
+        assert len(results["evaluations"]) == 3 and len(results["specialisation"]) == 2
+    total = train_agent(*arguments(tmp_path / "moe"))["parameters"]
+    dense = json.loads((tmp_path / "active" / "continual_results.json").read_text())["parameters"]
+    assert (
+        dense["experts"] * 4 == total["experts"]
+        and dense["experts"] == total["active"] - total["total"] + total["experts"]
+    )
+    together = train_agent(*arguments(tmp_path / "together", play={"interleaved": True}))
+    assert together["phases"] == [GAMES] and together["steps"] == 128
+    dense_adam = train_agent(*arguments(tmp_path / "dense_adam", optimizer="dense"))
+    assert dense_adam["finished"]
+
+
+@pytest.mark.parametrize("place", ["memory", "store"])
+def test_frozen_experts_stay_as_they_are(place, tmp_path):
+    agent = {"nvme_path": str(tmp_path / "nvme")} if place == "store" else {}
+    trainer = begun(build_trainer(tmp_path / "run", agent, freeze_experts=True))
+    trainer._update_once()
+    frozen = torch.zeros(2, 8, dtype=torch.bool)
+    frozen[:, ::2] = True
+    trainer.experts.freeze(frozen)
+    before = snapshot(trainer)
+    trainer._update_once()
+    after = snapshot(trainer)
+    changed = [
+        (layer, expert) for layer, expert in before if not torch.equal(before[layer, expert], after[layer, expert])
+    ]
+    assert changed and all(expert % 2 for _, expert in changed)
+    trainer.experts.close()
+
+
+def snapshot(trainer):
+    found = {}
+    for layer, module in enumerate(trainer.experts.modules):
+        for expert in range(8):
+            if trainer.experts.store:
+                found[layer, expert] = trainer.experts.store.read_weights(layer, expert)["up_proj"].clone()
+            else:
+                found[layer, expert] = module.up_proj[expert].detach().clone()
+    return found
+
+
+def test_most_used_experts_are_those_of_the_first_share():
+    usage = torch.tensor([[0.5, 0.05, 0.3, 0.15], [0.0, 0.0, 1.0, 0.0]])
+    assert most_used(usage, 0.8).tolist() == [[True, False, True, False], [False, False, True, False]]
+    assert most_used(usage, 0.81)[0].tolist() == [True, False, True, True]
+
+
+def test_the_detector_names_both_games_after_learning_one_after_the_other(tmp_path):
+    trainer = build_trainer(tmp_path, play={"steps_per_game": 320})
+    trainer.train()
+    for game in GAMES:
+        assert play_episodes(trainer.agent, game, 2, seed=5, max_steps=10).named > 0.9
+    told, detected = (
+        play_episodes(trainer.agent, GAMES[0], 2, seed=5, max_steps=30, tell_game=tell).returns
+        for tell in (True, False)
+    )
+    assert told.tolist() == detected.tolist()
+
+
+def test_episodes_are_counted_once_and_to_their_end():
+    played = play_at_random("builtin:signal", 3, seed=0, max_steps=1000)
+    assert played.lengths.tolist() == [64, 64, 64]
+    assert played.record()["return"] == pytest.approx(played.returns.mean())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run": {"num_steps": 10}}, "num_steps .10. is not a multiple of segment_len .4."),
+        ({"run": {"num_minibatches": 3}}, "8 segments of 4, which 3 minibatches cannot share evenly"),
+        ({"run": {"optimizer": "dense", "freeze_experts": True}}, "--freeze_experts needs --optimizer lazy"),
+        ({"play": {"games": ["builtin:cathc"]}}, "did you mean builtin:catch"),
+        ({"play": {"num_games": 3}}, "num_games is 3, and there are 2 games"),
+        ({"play": {"interleaved": True, "num_envs": 3}}, "which 2 games cannot share evenly"),
+        ({"agent": {"hbm_capacity": 6}}, "tiers are in the wrong order"),
+        ({"agent": {"top_k": 5}}, "`top_k` is 5, but the fast tier holds 4"),
+        ({"agent": {"dense": "active", "nvme_path": "x"}}, "no experts to put in a store"),
+        ({"agent": {"expert_hidden_dim": 10**9, "nvme_path": "."}}, "store needs .* GiB are free: choose another"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_at_once(change, message, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
+        train_agent(*arguments(tmp_path, change.get("agent"), change.get("play"), **change.get("run", {})))
+    assert not (tmp_path / "config.json").exists() and not list(tmp_path.glob("*.jsonl"))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    train_agent(*arguments(tmp_path / "run", max_updates=1))
+    with pytest.raises(ValueError, match="cannot be resumed by this run: seed=1 there, 2 here"):
+        train_agent(*arguments(tmp_path / "run", resume_from_checkpoint="last", seed=2))
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        train_agent(*arguments(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_from_a_whole_checkpoint(tmp_path):
+    script = Path(__file__).parents[2] / "recipes" / "train_atari.py"
+    options = [f"--{name}={value}" for name, value in {**AGENT, **RUN, **PLAY}.items() if not isinstance(value, list)]
+    options += ["--games", *GAMES, "--encoder_channels", "4", "8", "--save_steps=1", "--eval_episodes=0"]
+    options += [f"--nvme_path={tmp_path / 'nvme'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(folder, *more):
+        command = [sys.executable, str(script), *options, f"--output_dir={tmp_path / folder}", *more]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    run = start("run")
+    # Near the change of the game, after the second update.
+    while not (tmp_path / "run" / "checkpoint-2").exists() and run.poll() is None:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    resumed = start("run", "--resume_from_checkpoint=last")
+    output = resumed.communicate(timeout=300)[0]
+    assert resumed.returncode == 0, output[-3000:]
+    options[-1] = f"--nvme_path={tmp_path / 'nvme2'}"
+    whole = start("whole")
+    assert whole.wait(timeout=300) == 0
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")

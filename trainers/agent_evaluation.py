@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole episodes of games, played by an agent or by chance, with raw rewards.
+
+Shapes: episodes, all of which are played at once; layers; experts.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..modeling import TieredMoeForActorCritic
+from .atari import GameEnvironments, own_actions
+from .game_rollout import GamePlayer
+
+
+@dataclass
+class PlayedEpisodes:
+    """
+    The first episode of each environment.
+
+    Args:
+        game (`str`): Its name.
+        returns (`np.ndarray`), lengths (`np.ndarray`): `(episodes,)`; lengths in steps of four frames.
+        counts (`np.ndarray`, *optional*): Tokens that each expert was given, `(episodes, layers, experts)`.
+        named (`float`, *optional*): Share of the steps in which the detector named the game rightly.
+    """
+
+    game: str
+    returns: np.ndarray
+    lengths: np.ndarray
+    counts: np.ndarray | None = None
+    named: float | None = None
+
+    def record(self) -> dict:
+        """Its figures, for JSON."""
+        spread = float(self.returns.std(ddof=1) / np.sqrt(len(self.returns))) if len(self.returns) > 1 else 0.0
+        record = {"game": self.game, "episodes": len(self.returns), "return": float(self.returns.mean())}
+        record |= {"return_error": spread, "median": float(np.median(self.returns))}
+        record |= {"length": float(self.lengths.mean())}
+        return record | ({} if self.named is None else {"detector_accuracy": self.named})
+
+
+@torch.no_grad()
+def play_episodes(
+    agent: TieredMoeForActorCritic,
+    game: str,
+    episodes: int,
+    seed: int,
+    max_steps: int,
+    tell_game: bool = True,
+    deterministic: bool = False,
+    num_threads: int | None = None,
+    preprocessing: str = "current",
+) -> PlayedEpisodes:
+    """
+    Lets an agent play, with the preprocessing of its training but without ends at lost lives.
+
+    Args:
+        agent ([`TieredMoeForActorCritic`]): Whose mode is as before afterwards.
+        game (`str`): One of its configuration.
+        episodes (`int`): How many, all at once.
+        seed (`int`): Of games and actions.
+        max_steps (`int`): After which an episode counts as it is.
+        tell_game (`bool`, *optional*, defaults to `True`): Whether the agent is told which game it is.
+        deterministic (`bool`, *optional*, defaults to `False`): The likeliest actions, or drawn ones.
+        num_threads (`int`, *optional*), preprocessing (`str`, *optional*): As of [`GameEnvironments`].
+    """
+    config, number = agent.config, agent.config.games.index(game)
+    device = agent.action_head.weight.device
+    environments = GameEnvironments([game], episodes, seed, preprocessing, num_threads)
+    generator = torch.Generator().manual_seed(seed)
+    player = GamePlayer(agent, environments, torch.full((episodes,), number), generator, device)
+    player.begin()
+    counts = np.zeros((episodes, config.num_layers, config.num_experts), dtype=np.int64)
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
+    running, named, was_training = np.ones(episodes, dtype=bool), [], agent.training
+    agent.eval()
+    for _ in range(max_steps):
+        named.append((agent.model.detector(player.memory.frames.to(device)).argmax(dim=-1) == number).float().mean())
+        result, experts = player.act(tell_game, deterministic)
+        returns += np.where(running, result.rewards, 0)
+        lengths += running
+        for layer, chosen in enumerate(experts):
+            # (episodes * tokens, top_k) -> (episodes, tokens * top_k)
+            own = chosen.view(episodes, -1).cpu().numpy()[running]
+            np.add.at(counts[:, layer], (np.flatnonzero(running)[:, None], own), 1)
+        running &= ~result.over
+        if not running.any():
+            break
+    environments.close()
+    agent.train(was_training)
+    return PlayedEpisodes(game, returns, lengths, counts, float(torch.stack(named).mean()))
+
+
+def play_at_random(game: str, episodes: int, seed: int, max_steps: int) -> PlayedEpisodes:
+    """Draws evenly from the actions that do something; arguments as of [`play_episodes`]."""
+    environments = GameEnvironments([game], episodes, seed, num_threads=1)
+    environments.reset()
+    random, actions = np.random.default_rng(seed), own_actions(game)
+    returns, lengths, running = np.zeros(episodes), np.zeros(episodes, dtype=np.int64), np.ones(episodes, dtype=bool)
+    for _ in range(max_steps):
+        result = environments.step(random.choice(actions, episodes))
+        returns += np.where(running, result.rewards, 0)
+        lengths += running
+        running &= ~result.over
+        if not running.any():
+            break
+    environments.close()
+    return PlayedEpisodes(game, returns, lengths)
