@@ -72,8 +72,13 @@ class TieredMoeEncoder(nn.Module):
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """Features `(frames, hidden)` of uint8 `(frames, stack, side, side)`."""
-        features = frames.to(self.projection.weight.dtype) / 255
-        for convolution in self.convolutions:
+        first, *others = self.convolutions
+        # Pixel after pixel, in which order the gradient of the first weights takes a fifth of the time on a CPU; the
+        # weights are scaled, because they are fewer than the pixels.
+        frames = frames.contiguous(memory_format=torch.channels_last)
+        pixels = frames.to(first.weight.dtype)
+        features = F.relu(F.conv2d(pixels, first.weight / 255, first.bias, first.stride))
+        for convolution in others:
             features = F.relu(convolution(features))
         return F.relu(self.projection(features.flatten(1)))
 

@@ -148,6 +148,8 @@ class GamePlayer:
         cut = {name: self._cut(part, segment_len) for name, part in parts.items()}
         names = ("frames", "previous_actions", "rewards", "starts")
         inputs = {name: cut.pop(name) for name in names}
+        # In the order of memory in which the encoder reads them, once and not in each epoch.
+        inputs["frames"] = inputs["frames"].movedim(2, -1).contiguous().movedim(-1, 2)
         inputs["environment_ids"] = self.game_ids.repeat(num_steps // segment_len)
         return Segments(inputs, TieredMoeState.stack(states), **cut)
 
