@@ -28,6 +28,8 @@ class TieredMoeConfig(PreTrainedConfig):
         num_actions (`int`, *optional*, defaults to 18): Actions of the head, which all games share.
         frame_size (`int`, *optional*, defaults to 84): Pixels along one side of a frame.
         frame_stack (`int`, *optional*, defaults to 4): Frames of an observation.
+        center_frames (`bool`, *optional*, defaults to `True`): Whether the mean brightness of a frame is taken off
+            its pixels, so that what moves is not lost beside a bright background.
         encoder_channels (`list[int]`, *optional*): Channels of the two or three convolutions, `[32, 64, 64]` if unset.
         expert_dim (`int`, *optional*, defaults to 512): Width of the stream, and so of what an expert takes and gives.
         expert_hidden_dim (`int`, *optional*, defaults to 2048): Width inside an expert.
@@ -74,6 +76,7 @@ class TieredMoeConfig(PreTrainedConfig):
     num_actions: int = 18
     frame_size: int = 84
     frame_stack: int = 4
+    center_frames: bool = True
     encoder_channels: list | None = None
     expert_dim: int = 512
     expert_hidden_dim: int = 2048

@@ -64,6 +64,7 @@ class TieredMoeEncoder(nn.Module):
 
     def __init__(self, config: TieredMoeConfig):
         super().__init__()
+        self.center = config.center_frames
         channels = [config.frame_stack, *config.encoder_channels]
         self.convolutions = nn.ModuleList(
             nn.Conv2d(channels[n], channels[n + 1], *CONVOLUTIONS[n]) for n in range(len(config.encoder_channels))
@@ -77,6 +78,8 @@ class TieredMoeEncoder(nn.Module):
         # weights are scaled, because they are fewer than the pixels.
         frames = frames.contiguous(memory_format=torch.channels_last)
         pixels = frames.to(first.weight.dtype)
+        if self.center:
+            pixels = pixels - pixels.mean(dim=(2, 3), keepdim=True)
         features = F.relu(F.conv2d(pixels, first.weight / 255, first.bias, first.stride))
         for convolution in others:
             features = F.relu(convolution(features))

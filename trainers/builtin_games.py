@@ -241,33 +241,32 @@ class Shoot(BuiltinGame):
 
 
 class Collect(BuiltinGame):
-    """A walker on six by six places collects pellets, one at a time: 1 for each."""
+    """A walker on four by four places collects pellets, one at a time: 1 for each."""
 
-    actions, solved_return, max_steps = (0, 2, 3, 4, 5), 20.0, 96
+    actions, solved_return, max_steps = (0, 2, 3, 4, 5), 24.0, 96
 
     def begin(self, rows):
         """Walker and pellet anywhere."""
-        return {name: self._any(6, rows) for name in ("x", "y", "pellet_x", "pellet_y")}
+        return {name: self._any(4, rows) for name in ("x", "y", "pellet_x", "pellet_y")}
 
     def advance(self, right, down, fire):
         """The walker takes a step."""
         f = self.fields
-        f["x"][:], f["y"][:] = np.clip(f["x"] + right, 0, 5), np.clip(f["y"] + down, 0, 5)
+        f["x"][:], f["y"][:] = np.clip(f["x"] + right, 0, 3), np.clip(f["y"] + down, 0, 3)
         found = (f["x"] == f["pellet_x"]) & (f["y"] == f["pellet_y"])
         rows = np.flatnonzero(found)
         # Elsewhere, or standing still would find it again.
-        place = (6 * f["y"][rows] + f["x"][rows] + 1 + self._any(35, rows)) % 36
-        f["pellet_y"][rows], f["pellet_x"][rows] = place // 6, place % 6
+        place = (4 * f["y"][rows] + f["x"][rows] + 1 + self._any(15, rows)) % 16
+        f["pellet_y"][rows], f["pellet_x"][rows] = place // 4, place % 4
         return found.astype(np.int64), np.zeros_like(found)
 
     def draw(self, cells):
-        """Dark on bright: the walker a square, the pellet half of one."""
+        """Dark on bright: the walker a square of nine cells, the pellet a bar of three."""
         f = self.fields
-        for x, y, rows in (("x", "y", (0, 1)), ("pellet_x", "pellet_y", (0,))):
+        for x, y, shade, rows in (("x", "y", 1, (0, 1, 2)), ("pellet_x", "pellet_y", 90, (1,))):
             for row in rows:
-                for column in (0, 1):
-                    shade = 1 if x == "x" else 90
-                    cells[self._rows, 2 * f[y] + row, 2 * f[x] + column] = shade
+                for column in (0, 1, 2):
+                    cells[self._rows, 3 * f[y] + row, 3 * f[x] + column] = shade
 
     def background(self):
         """Day."""
@@ -275,7 +274,7 @@ class Collect(BuiltinGame):
 
 
 class Rally(BuiltinGame):
-    """A ball bounces off three walls, a bat of three cells guards the fourth: 1 for each return, -1 for each miss."""
+    """A ball bounces off three walls, a bat of five cells guards the fourth: 1 for each return, -1 for each miss."""
 
     actions, solved_return, max_steps = (0, 2, 5), 4.0, 110
 
@@ -286,13 +285,13 @@ class Rally(BuiltinGame):
     def advance(self, right, down, fire):
         """Ball and bat move by a cell."""
         f = self.fields
-        f["bat"][:] = np.clip(f["bat"] + down, 1, CELLS - 2)
+        f["bat"][:] = np.clip(f["bat"] + down, 2, CELLS - 3)
         f["down"][(f["y"] + f["down"] < 0) | (f["y"] + f["down"] >= CELLS)] *= -1
         f["y"] += f["down"]
         f["x"] += f["right"]
         f["right"][f["x"] <= 0] = 1
         arrived = f["x"] == CELLS - 1
-        returned = arrived & (np.abs(f["y"] - f["bat"]) <= 1)
+        returned = arrived & (np.abs(f["y"] - f["bat"]) <= 2)
         missed = arrived & ~returned
         rows = np.flatnonzero(returned)
         f["right"][rows], f["down"][rows] = -1, self._any(3, rows) - 1
@@ -303,7 +302,7 @@ class Rally(BuiltinGame):
     def draw(self, cells):
         """The bat at the right, and the ball."""
         f = self.fields
-        for offset in (-1, 0, 1):
+        for offset in range(-2, 3):
             cells[self._rows, f["bat"] + offset, CELLS - 1] = 230
         cells[self._rows, f["y"], f["x"]] = 255
 
@@ -313,7 +312,7 @@ class Rally(BuiltinGame):
 
 
 class Signal(BuiltinGame):
-    """One side of the screen lights up: 1 for moving there, -1 for elsewhere; then another one does."""
+    """One side of the screen lights up, another one with each step: 1 for moving there."""
 
     actions, solved_return, max_steps = (0, 2, 3, 4, 5), 50.0, 64
 
@@ -322,13 +321,11 @@ class Signal(BuiltinGame):
         return {"side": self._any(4, rows)}
 
     def advance(self, right, down, fire):
-        """A diagonal move is wrong."""
+        """A diagonal move is none there."""
         side = self.fields["side"]
-        moved = (right != 0) | (down != 0)
         correct = (right == np.array([0, 1, 0, -1])[side]) & (down == np.array([-1, 0, 1, 0])[side])
-        rows = np.flatnonzero(moved)
-        side[rows] = (side[rows] + 1 + self._any(3, rows)) % 4
-        return moved * np.where(correct, 1, -1), np.zeros_like(moved)
+        side[:] = (side + 1 + self._any(3, self._rows)) % 4
+        return correct.astype(np.int64), np.zeros_like(correct)
 
     def draw(self, cells):
         """A bar along the side."""
