@@ -101,3 +101,25 @@ def test_impossible_tiers_are_refused_in_one_sentence(train):
     _, refused = train("impossible", "--fast_capacity", 0)
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1].startswith("ValueError: fast_capacity (0)")
+
+
+def test_doctor_says_what_is_missing(tmp_path):
+    well = run("doctor.py", "--nvme_path", tmp_path / "experts")
+    assert well.returncode == 0, well.stdout
+    assert f"Experts can be kept in {tmp_path}/experts" in well.stdout
+    full = run("doctor.py", "--nvme_path", tmp_path, "--gigabytes", 1e9)
+    assert full.returncode == 1
+    assert "Needed: " in full.stdout and "1000000000.0 are asked for" in full.stdout
+    memory = run("doctor.py", "--nvme_path", "/dev/shm")
+    assert memory.returncode == 1
+    assert "is in memory, so that nothing is gained" in memory.stdout
+
+
+def test_replay_of_a_recorded_trace(trained, tmp_path):
+    folder, _ = trained
+    figures = tmp_path / "figures.json"
+    replayed = run("benchmarks/expert_cache.py", "--trace", f"{folder}_trace.jsonl", "--fast_capacity", 4, 12,
+                   "--json", figures)  # fmt: skip
+    assert replayed.returncode == 0, replayed.stderr[-3000:]
+    for rates in json.loads(figures.read_text())["hit_rates"].values():
+        assert all(0 < rate <= rates["optimum"] < 1 for rate in rates.values())
