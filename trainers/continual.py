@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from ..modeling import TieredMoeConfig
+from .agent_card import write_agent_card
 from .agent_experts import build_agent
 from .atari import own_actions
 from .continual_ppo_config import AgentArguments, ContinualPpoConfig, GameArguments
@@ -67,11 +68,14 @@ def train_agent(arguments: AgentArguments, games: GameArguments, config: Continu
         progress = trainer.train(checkpoint)
         finished = progress.phase == len(trainer.phases)
         results = continual_results(trainer, asdict(arguments)) | {"finished": finished}
+        results["seconds"] = progress.seconds
         if config.process_index == 0:
             if finished:
                 # First of all, so that nothing after it can cost what was learned.
                 trainer.agent.save_pretrained(folder)
             write_results(results, folder / RESULTS)
+            if finished:
+                write_agent_card(trainer.agent, config, results)
         return results
     finally:
         experts.close()

@@ -34,7 +34,7 @@ class ContinualProgress:
     Args:
         num_games (`int`): Games.
         phase (`int`), phase_updates (`int`): The phase that comes next or is under way, and its updates so far.
-        updates (`int`), steps (`int`): Of all phases.
+        updates (`int`), steps (`int`), seconds (`float`): Of all phases, evaluations left out.
         trained (`list[list[int]]`): Numbers of the games of each phase that is over.
         random_returns (`list[float]`): Of random actions, by game.
         evaluations (`list[list[dict]]`): Of the agent before any game and after each phase, a record for each game.
@@ -50,6 +50,7 @@ class ContinualProgress:
     phase_updates: int = 0
     updates: int = 0
     steps: int = 0
+    seconds: float = 0.0
     trained: list = field(default_factory=list)
     random_returns: list = field(default_factory=list)
     evaluations: list = field(default_factory=list)

@@ -12,7 +12,6 @@ DENSE = ("active", "total")
 OPTIMIZERS = ("lazy", "dense")
 PREFETCHES = ("none", "recency", "detector")
 FREEZING = ("never", "after_first_game", "always")
-LEARNING_RULES = ("backpropagation", "forward_forward", "hebbian")
 
 
 @dataclass
@@ -164,10 +163,6 @@ class ContinualPpoConfig:
     optimizer: str = field(
         default="lazy", metadata={"help": "lazy updates experts that have a gradient, dense all; dense needs memory."}
     )
-    learning_rule: str = field(
-        default="backpropagation",
-        metadata={"help": "Of the experts, an experiment: backpropagation, forward_forward or hebbian."},
-    )
     freeze_experts: bool = field(
         default=False, metadata={"help": "Whether experts that a game has used most are frozen after it."}
     )
@@ -204,7 +199,6 @@ class ContinualPpoConfig:
         for name, allowed in (
             ("optimizer", OPTIMIZERS),
             ("freeze_router", FREEZING),
-            ("learning_rule", LEARNING_RULES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")

@@ -183,6 +183,7 @@ class ContinualPpoTrainer:
         progress.phase_updates += 1
         progress.steps += self.steps_per_update
         ended = time.perf_counter()
+        progress.seconds += ended - started
         self.recent_returns.extend(value for _, value in self.player.finished)
         if self.player.finished:
             progress.add_returns(self.player.finished, self.updates_per_phase * self.steps_per_update)

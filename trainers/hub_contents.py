@@ -11,7 +11,8 @@ import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, RepoCard, eval_result_entries_to_yaml
 
 from ..hub_cards.published_files import shareable, stage_files
-from ..modeling import MopConfig, MoreConfig
+from ..modeling import MopConfig, MoreConfig, TieredMoeConfig
+from .agent_card import card_of_agent
 from .card_figures import FOLDER
 from .evaluation_report import update_model_card
 from .hub_push_config import GENERATED, PushArguments
@@ -134,6 +135,8 @@ def _model_card(
     if record["system"] == "mop":
         given = [report for _, report in reports]
         return card_of_policy(record, MopConfig.from_pretrained(folder), folder, name, revision, given)
+    if record["system"] == "tiered_moe":
+        return card_of_agent(record, TieredMoeConfig.from_pretrained(folder), folder, name, revision)
     if record["system"] == "ppo":
         from .ppo_card import card_of_ppo_policy
 
