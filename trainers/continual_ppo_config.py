@@ -60,7 +60,8 @@ class AgentArguments:
         default="detector", metadata={"help": "What is brought when a game begins: none, recency, or detector."}
     )
     prefetch_next_layer: bool = field(
-        default=True, metadata={"help": "Whether a layer that acts asks the next router which experts to bring."}
+        default=True,
+        metadata={"help": "Whether a layer that acts asks the next router which experts to bring; of content."},
     )
 
     def __post_init__(self):
