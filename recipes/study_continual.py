@@ -120,15 +120,24 @@ def load(run: Path) -> dict:
 
 
 def single_scores(folder: Path, games: list[str], seeds: range) -> tuple[dict[str, float], dict[str, float]]:
-    """For each game the return of agents that learn it alone, and the area under their curves, means over seeds."""
+    """
+    For each game what counts as 1, and on that scale the area under the curves of agents that learn it alone.
+
+    1 is the return of these agents, mean over seeds, and for games that ship here at least that which shows mastery:
+    beside an agent that has not learned a game, noise would look like triumph and ruin.
+    """
     import numpy as np
 
+    from mixturekit.trainers.atari import BUILTIN
+    from mixturekit.trainers.builtin_games import BUILTIN_GAMES
     from mixturekit.trainers.continual_results import learning_areas
 
     reference, areas = {}, {}
     for game in games:
         runs = [load(single_run(folder, game, seed)) for seed in seeds]
-        reference[game] = statistics.mean(run["evaluations"][-1][0]["return"] for run in runs)
+        reached = statistics.mean(run["evaluations"][-1][0]["return"] for run in runs)
+        mastered = BUILTIN_GAMES[game.removeprefix(BUILTIN)].solved_return if game.startswith(BUILTIN) else reached
+        reference[game] = max(reached, mastered)
         scale = np.array([reference[game]])
         areas[game] = statistics.mean(learning_areas(run, scale).get(game, 0.0) for run in runs)
     return reference, areas
