@@ -126,7 +126,7 @@ def _results(data: dict) -> list[dict[str, str]]:
 def _retention(data: dict) -> dict[str, str]:
     metrics = data.get("metrics", {})
     names = {"average_forgetting": "average forgetting", "final_score": "score at the end"}
-    return {label: f"{metrics[name]:.2f}" for name, label in names.items() if name in metrics}
+    return {label: f"{metrics[name]:.2f}" for name, label in names.items() if metrics.get(name) is not None}
 
 
 def _index_entry(record: dict) -> EvalResult:

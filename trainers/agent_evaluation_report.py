@@ -45,7 +45,7 @@ def evaluated_agent(arguments: AgentEvaluationArguments):
     store_config = ExpertStoreConfig(
         arguments.nvme_path, min(config.hbm_capacity, config.num_experts), config.dram_capacity, training=False
     )
-    agent, store = load_offloaded(source, store_config, AutoModel, device)
+    agent, store = load_offloaded(source, store_config, AutoModel, str(device))
     with store:
         yield agent.eval()
 

@@ -32,7 +32,9 @@ def average_forgetting(scores: np.ndarray, trained: Sequence[int]) -> float:
     """
     last = {game: phase for phase, game in enumerate(trained)}
     lost = [scores[phase + 1, game] - scores[-1, game] for game, phase in last.items() if game != trained[-1]]
-    return float(np.mean(lost)) if lost else 0.0
+    # Games that have no scale have no score.
+    known = [loss for loss in lost if not np.isnan(loss)]
+    return float(np.mean(known)) if known else 0.0
 
 
 def backward_transfer(scores: np.ndarray, trained: Sequence[int]) -> float:

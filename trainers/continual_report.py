@@ -76,7 +76,7 @@ def _retention(results: dict) -> str:
         "backward_transfer": "backward transfer",
         "final_score": "score at the end, mean over games",
     }
-    figures = [[label, f"{metrics[name]:.2f}"] for name, label in named.items() if name in metrics]
+    figures = [[label, f"{metrics[name]:.2f}"] for name, label in named.items() if metrics.get(name) is not None]
     sentence = (
         "Raw return on each game (columns) after each phase (rows); colour is the score, 0 for random actions and 1 "
         "for the agent as it had just learned the game."

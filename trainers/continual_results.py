@@ -104,7 +104,8 @@ def retention_metrics(results: dict, reference: dict[str, float] | None = None) 
     metrics = {
         "reference": scale.tolist(),
         "scores": _listed(scores),
-        "final_score": float(np.nanmean(scores[-1])),
+        # Without a score where the agent that sets the scale is no better than chance.
+        "final_score": None if np.isnan(scores[-1]).all() else float(np.nanmean(scores[-1])),
         "human_normalised": [human_normalised(game, value) for game, value in zip(games, returns[-1], strict=True)],
     }
     if sequence:

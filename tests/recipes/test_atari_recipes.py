@@ -46,7 +46,8 @@ def test_from_training_to_report(tmp_path):
 
     evaluated = run(
         "evaluate_atari.py", "--model_name_or_path", "out", "--num_episodes", "2", "--max_steps", "15",
-        "--video", "eval/episode.gif", "--video_steps", "5", "--use_cpu", "true", folder=tmp_path,
+        "--video", "eval/episode.gif", "--video_steps", "5", "--use_cpu", "true", "--nvme_path", "eval_store",
+        folder=tmp_path,
     )  # fmt: skip
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     report = json.loads((tmp_path / "eval/eval_results.json").read_text())

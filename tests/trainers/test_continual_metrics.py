@@ -89,3 +89,10 @@ def test_experts_of_one_game_are_told_from_chance():
     assert figures["information"] == pytest.approx(np.log2(3))
     assert figures["information"] > figures["shuffled_high"]
     assert figures["normalised"] > 0.8
+
+
+def test_games_without_a_scale_are_left_out():
+    scores = SCORES.copy()
+    scores[:, 1] = np.nan
+    assert average_forgetting(scores, [0, 1, 2]) == pytest.approx(0.5)
+    assert average_forgetting(scores * np.nan, [0, 1, 2]) == 0
