@@ -60,7 +60,7 @@ class ContinualProgress:
     expert_counts: list = field(default_factory=list)
     series: list = field(default_factory=list)
 
-    def add_returns(self, finished: list[tuple[int, float]], phase_steps: int) -> None:
+    def add_returns(self, finished: list[tuple[str, float]], phase_steps: int) -> None:
         """Takes the episodes `(game, return)` that ended in an update."""
         for game in sorted({game for game, _ in finished}):
             mean = float(np.mean([value for other, value in finished if other == game]))

@@ -49,13 +49,14 @@ class ContinualPpoTrainer:
         self.experts, self.agent, self.config = experts, experts.agent, config
         self.games, self.arguments = games, arguments
         self.phases = games.phases()
-        self.number = {game: n for n, game in enumerate(games.games)}
+        # In the agent's configuration, which may know more games than this run.
+        self.number = {game: n for n, game in enumerate(self.agent.config.games)}
         steps = games.num_envs * config.num_steps * config.world_size
         self.steps_per_update = steps
         self.updates_per_phase = max(1, games.steps_of_phase() // steps)
         set_seed(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed + _PROCESS_STRIDE * config.process_index)
-        self.detector_memory = DetectorMemory(len(games.games), config.detector_memory, self.generator)
+        self.detector_memory = DetectorMemory(len(self.number), config.detector_memory, self.generator)
         self.replay = ReplayMemory(config.replay_segments, self.generator)
         named = {name: part for name, part in self.agent.named_parameters() if any(part is p for p in experts.rest)}
         self.elastic = ElasticWeights(named)
@@ -186,7 +187,8 @@ class ContinualPpoTrainer:
         progress.seconds += ended - started
         self.recent_returns.extend(value for _, value in self.player.finished)
         if self.player.finished:
-            progress.add_returns(self.player.finished, self.updates_per_phase * self.steps_per_update)
+            finished = [(self.agent.config.games[game], value) for game, value in self.player.finished]
+            progress.add_returns(finished, self.updates_per_phase * self.steps_per_update)
             self.player.finished = []
         if self.recent_returns:
             figures["charts/episodic_return"] = float(np.mean(self.recent_returns))

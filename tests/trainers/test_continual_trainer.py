@@ -273,6 +273,18 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         train_agent(*arguments(tmp_path / "run"))
 
 
+def test_an_agent_goes_on_with_one_of_its_games(tmp_path):
+    train_agent(*arguments(tmp_path / "both"))
+    on = {"model_name_or_path": str(tmp_path / "both")}
+    results = train_agent(*arguments(tmp_path / "one", on, {"games": [GAMES[1]], "steps_per_game": 512}))
+    assert results["games"] == [GAMES[1]] and {point["game"] for point in results["curves"]} == {GAMES[1]}
+    agent = TieredMoeForActorCritic.from_pretrained(tmp_path / "one")
+    assert agent.config.games == GAMES
+    assert play_episodes(agent, GAMES[1], 2, seed=5, max_steps=10).named == 1
+    with pytest.raises(ValueError, match="knows the games builtin:catch, builtin:signal, and not builtin:rally"):
+        train_agent(*arguments(tmp_path / "other", on, {"games": ["builtin:rally"]}))
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_from_a_whole_checkpoint(tmp_path):
     script = Path(__file__).parents[2] / "recipes" / "train_atari.py"
