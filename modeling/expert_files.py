@@ -172,8 +172,11 @@ class ExpertFiles:
             raise
         partial.rename(path)
         _sync_folder(path.parent)
-        self._snapshot = path
-        write_durably(self.folder / MANIFEST, json.dumps({**manifest, "snapshot": str(path)}).encode())
+        self._note_copy(path, manifest)
+
+    def copy_moved(self, path: str | Path) -> None:
+        """Takes note of where the last copy is, if somebody has moved it: damaged records are repaired from it."""
+        self._note_copy(Path(path).absolute(), json.loads((self.folder / MANIFEST).read_text()))
 
     def restore(self, path: str | Path) -> None:
         """Takes every record, and the checkpoint, from a folder of [`~ExpertFiles.copy_checkpoint`]."""
@@ -212,6 +215,10 @@ class ExpertFiles:
     def _location(self, key: tuple[int, int], place: int) -> tuple[int, int]:
         layer, expert = key
         return self._descriptors[layer], (2 * expert + place) * self.layout.disk_bytes
+
+    def _note_copy(self, path: Path, manifest: dict[str, Any]) -> None:
+        self._snapshot = path
+        write_durably(self.folder / MANIFEST, json.dumps({**manifest, "snapshot": str(path)}).encode())
 
     def _copy_records(self, target: Path) -> dict[str, Any]:
         manifest = json.loads((self.folder / MANIFEST).read_text())

@@ -295,6 +295,11 @@ class ExpertStore(ExpertTiers):
         if copying is not None:
             copying.result()
 
+    def checkpoint_moved(self, path: str | Path) -> None:
+        """Takes note of where the copy of the last checkpoint is, after it has been moved to `path`."""
+        self.wait_for_copy()
+        self.files.copy_moved(path)
+
     def restore(self, path: str | Path) -> None:
         """Takes the experts from a copy of a checkpoint, instead of those of the folder."""
         self.wait_for_copy()

@@ -27,7 +27,7 @@ def main() -> None:
             raise
         # Without the name of a module, it is the sentence that says what to install.
         sys.exit(str(error))
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     config = arguments[-1]
     if config.process_index == 0:

@@ -25,7 +25,7 @@ def main() -> None:
         train(*arguments)
     except ImportError as error:
         sys.exit(f"{str(error).rstrip('.')}. The extra mixturekit[rl] has what this recipe needs.")
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

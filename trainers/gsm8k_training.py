@@ -9,6 +9,7 @@ import torch
 from transformers import PhimoeConfig, PhimoeForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+from .durable_training import DurableTraining
 from .expert_adapters import expert_lora_config, load_causal_lm
 from .gsm8k import (
     correctness_reward,
@@ -27,6 +28,10 @@ from .ppo_config import PPOConfig
 from .ppo_trainer import PPOTrainer
 from .tokenization import load_tokenizer, train_tokenizer
 from .word_problems import generate_word_problems
+
+
+class DurableGRPOTrainer(DurableTraining, GRPOTrainer):
+    """TRL's own trainer, without a critic, that saves and stops as the others here do."""
 
 
 def load_splits(arguments: GSM8KDataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -185,7 +190,7 @@ def make_trainer(
     shared = {field.name: getattr(config, field.name) for field in fields(GRPOConfig) if field.init}
     # Derived from the others.
     shared |= {"generation_batch_size": None}
-    return GRPOTrainer(model, args=GRPOConfig(**shared), **common)
+    return DurableGRPOTrainer(model, args=GRPOConfig(**shared), **common)
 
 
 def evaluate(

@@ -148,6 +148,12 @@ class LayerPathways:
         self._costs = costs
         self.counts = sums[2 : 2 + len(costs)]
 
+    @property
+    def collapse(self) -> str | None:
+        """The metric that shows that one expert got all the weight though there are others, if it did."""
+        entropy = self._entropy / self._steps
+        return f"entropy is {entropy:.4f} nats" if entropy < 1e-3 and len(self.counts) > 1 else None
+
     def scalars(self) -> dict[str, float]:
         """The scalar metrics by name."""
         weights, largest = self.counts / self._steps, self._costs.max().item()

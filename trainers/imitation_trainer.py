@@ -13,10 +13,10 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling import MopForActionPrediction
 from .babyai import Unroll
+from .durable_training import DurableTraining
 from .imitation_card import CURVES, card_of_policy, imitation_record
 from .imitation_config import EnvironmentArguments, ImitationConfig
 from .imitation_metrics import ImitationWindow, PathwayCallback
@@ -45,7 +45,7 @@ class UpdateCounter(Dataset):
         return {"update": index}
 
 
-class ImitationTrainer(Trainer):
+class ImitationTrainer(DurableTraining, Trainer):
     """
     A `Trainer` for MoP policies that learn from BabyAI's bot.
 
@@ -89,12 +89,9 @@ class ImitationTrainer(Trainer):
         self.add_callback(PublishingCallback(self))
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """One unroll, forward and backward; raises `FloatingPointError` if the loss is not finite."""
+        """One unroll, forward and backward."""
         self._window.start()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(self._not_finite(loss.item()))
-        return loss
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def _prepare_inputs(self, inputs):
         """The next unroll in place of the counter's item."""
@@ -168,14 +165,6 @@ class ImitationTrainer(Trainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
             load_source(self.source, self.model, checkpoint, self.args.process_index)
-
-    def _not_finite(self, loss: float) -> str:
-        checkpoint = get_last_checkpoint(self.args.output_dir)
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
-        return (
-            f"Training stopped: the loss of update {self.state.global_step + 1} is {loss}; {kept}. A lower learning "
-            "rate or a longer warm-up usually helps."
-        )
 
 
 def unroll_inputs(unroll: Unroll, policy: MopForActionPrediction) -> dict[str, torch.Tensor]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling import ExpertStore, MoreConfig, MoreForCausalLM, initialize_offloaded, load_offloaded
+from .checkpoints import check_checkpoint, checkpoints_of, newest_checkpoint
 from .language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
 from .language_modeling_trainer import LanguageModelingTrainer
 from .offload_arguments import OffloadArguments
@@ -38,14 +38,16 @@ def check_output_dir(config: TrainingArguments) -> str | None:
     folder = Path(config.output_dir)
     if config.resume_from_checkpoint:
         wanted = config.resume_from_checkpoint
-        latest = wanted in ("last", "true", "True")
-        checkpoint = get_last_checkpoint(str(folder)) if latest and folder.is_dir() else None if latest else wanted
-        if checkpoint is None or not Path(checkpoint, "trainer_state.json").is_file():
-            where = folder if latest else wanted
-            raise FileNotFoundError(f"No checkpoint to resume in {where}; leave out --resume_from_checkpoint.")
-        return checkpoint
+        if wanted in ("last", "true", "True"):
+            checkpoint = newest_checkpoint(folder)
+            if checkpoint is None:
+                raise FileNotFoundError(f"No checkpoint to resume in {folder}; leave out --resume_from_checkpoint.")
+            return str(checkpoint)
+        if problem := check_checkpoint(wanted):
+            raise FileNotFoundError(f"{wanted} {problem}; --resume_from_checkpoint last takes the newest whole one.")
+        return wanted
     has_model = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
-    has_run = folder.is_dir() and (has_model or get_last_checkpoint(str(folder)) is not None)
+    has_run = has_model or bool(checkpoints_of(folder))
     if has_run and not config.overwrite_output_dir:
         raise FileExistsError(
             f"{folder} already holds a run; choose another --output_dir, continue it with "

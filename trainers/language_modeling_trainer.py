@@ -6,9 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from accelerate.utils import gather_object
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling.modeling_more import MoreSparseMoeBlock
 from .language_modeling_card import CURVES, card_of_language_model, language_model_record
@@ -29,7 +27,7 @@ class RouterBiasCallback(TrainerCallback):
 
 class LanguageModelingTrainer(OffloadedTrainer):
     """
-    A `Trainer` for MoRE models that keeps the losses apart, stops at a loss that is not finite, and reports routing.
+    A `Trainer` for MoRE models that keeps the losses apart and reports routing.
 
     Beside what `Trainer` logs (`loss`, `grad_norm`, `learning_rate`, `eval_loss`) it logs `lm_loss` (nats per token),
     `aux_loss` (balancing, unweighted), `perplexity` and `eval_perplexity` (of the language-modelling loss alone) and
@@ -66,11 +64,9 @@ class LanguageModelingTrainer(OffloadedTrainer):
         return [name for name in names if dims[name] > 1 and not name.endswith(vectors)]
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """One forward and backward pass; raises `FloatingPointError` if its loss is not finite."""
+        """One forward and backward pass."""
         self._window.start(self.state.global_step)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(self._not_finite(f"the loss of step {self.state.global_step + 1} is {loss}"))
         mask = inputs.get("attention_mask")
         self._window.tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
         return loss
@@ -125,19 +121,7 @@ class LanguageModelingTrainer(OffloadedTrainer):
 
     def _save_checkpoint(self, model, trial):
         self._window.pause()
-        # A step that overflowed shows in its weights before it shows in a loss: never let it become a checkpoint.
-        # Under ZeRO-3 a parameter is empty, and each process has a share of it in `ds_tensor`.
-        shares = {name: getattr(value, "ds_tensor", value) for name, value in self.model.named_parameters()}
-        names = gather_object([name for name, share in shares.items() if not torch.isfinite(share).all()])
-        if names:
-            where = f"{names[0]} has values that are not finite after step {self.state.global_step}"
-            raise FloatingPointError(self._not_finite(where))
         super()._save_checkpoint(model, trial)
-
-    def _not_finite(self, what: str) -> str:
-        checkpoint = get_last_checkpoint(self.args.output_dir)
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
-        return f"Training stopped: {what}; {kept}. A lower learning rate or a longer warm-up usually helps."
 
 
 class _Window:

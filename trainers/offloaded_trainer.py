@@ -15,12 +15,13 @@ from transformers import Trainer
 
 from ..modeling.expert_store import ExpertStore
 from ..modeling.lazy_adamw import LazyAdamW, clip_grad_norm_
+from .checkpoints import EXPERTS
+from .durable_training import DurableTraining
 
-EXPERTS = "experts"
 REST = "rest.safetensors"
 
 
-class OffloadedTrainer(Trainer):
+class OffloadedTrainer(DurableTraining, Trainer):
     """
     A `Trainer` that also updates, clips, saves and resumes the experts of a store; without one it is a `Trainer`.
 
@@ -96,6 +97,10 @@ class OffloadedTrainer(Trainer):
             # Waited for, because `Trainer` may then remove the checkpoint that unchanged records are linked to, and
             # because what has a `trainer_state.json` should be whole.
             self.store.checkpoint(Path(output_dir, EXPERTS), {"step": self.state.global_step}).result()
+
+    def _checkpoint_published(self, folder: Path) -> None:
+        if self.store is not None:
+            self.store.checkpoint_moved(folder / EXPERTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.store is None:

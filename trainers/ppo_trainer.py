@@ -23,6 +23,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from .advantages import generalized_advantages
+from .durable_training import DurableTraining
 from .expert_adapters import merged_adapters
 from .policy_value_model import PREFIX, add_value_head, load_value_head, save_value_head, split_value_head
 from .ppo_card import CURVES, card_of_ppo_policy, ppo_record
@@ -36,7 +37,7 @@ SILENT_ROLLOUTS = 10
 logger = logging.getLogger(__name__)
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(DurableTraining, GRPOTrainer):
     """
     Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) of a causal language model.
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routing metrics during any training of any transformers MoE model."""
 
+import logging
 import weakref
 
 import numpy as np
@@ -22,6 +23,8 @@ from ..modeling.routing_statistics import (
     token_entropies,
 )
 
+logger = logging.getLogger(__name__)
+
 
 class RoutingCallback(TrainerCallback):
     """
@@ -38,6 +41,8 @@ class RoutingCallback(TrainerCallback):
     All go to the run of the trainer's own `TensorBoardCallback`, under exactly these names. Every other tracker in
     `report_to` (trackio, wandb, ...) receives the scalars the way it receives the loss, so with its prefix `train/`.
     The progress bar and `trainer.state.log_history` stay as they are; `callback.metrics` holds the latest scalars.
+
+    A layer whose tokens all go to the same experts is warned of, once until it recovers.
 
     Counts are of training forwards only, of real tokens only (`attention_mask`), over all processes, and each token
     once, with or without gradient checkpointing. Between two logs nothing waits for the accelerator. A window that a
@@ -65,6 +70,7 @@ class RoutingCallback(TrainerCallback):
         self.scores = scores
         self.metrics: dict[str, float] = {}
         self.loads: dict[int, list[float]] = {}
+        self._collapsed: set[int] = set()
         self._window: RoutingWindow | None = None
         self._remove_hooks: weakref.finalize | None = None
 
@@ -96,6 +102,7 @@ class RoutingCallback(TrainerCallback):
             for name, value in statistics.scalars().items()
         }
         self.loads = {layer: expert_load(statistics.counts).tolist() for layer, statistics in layers.items()}
+        self._warn_of_collapse(layers, state.global_step)
         self._write_tensorboard(layers, state.global_step)
         others = tuple(set(INTEGRATION_TO_CALLBACK.values()) - {TensorBoardCallback})
         for callback in self.trainer.callback_handler.callbacks:
@@ -111,6 +118,16 @@ class RoutingCallback(TrainerCallback):
         if self._remove_hooks is not None:
             self._remove_hooks()
             self._remove_hooks = self._window = None
+
+    def _warn_of_collapse(self, layers: dict[int, "LayerStatistics"], step: int) -> None:
+        collapsed = {layer: sign for layer, statistics in layers.items() if (sign := statistics.collapse)}
+        for layer in sorted(collapsed.keys() - self._collapsed):
+            logger.warning(
+                "routing/layer_%d/%s at step %d: the router chooses the same experts for all. A larger balancing loss, "
+                "or a lower learning rate, usually helps.",
+                layer, collapsed[layer], step,
+            )  # fmt: skip
+        self._collapsed = set(collapsed)
 
     def _write_tensorboard(self, layers: dict[int, "LayerStatistics"], step: int) -> None:
         for callback in self.trainer.callback_handler.callbacks:
@@ -193,6 +210,15 @@ class LayerStatistics:
     def __init__(self, sums: Tensor):
         self.counts = sums[:-4]
         self.entropy_sum, self.num_tokens, self.steps_sum, self.num_steps = sums[-4:].tolist()
+
+    @property
+    def collapse(self) -> str | None:
+        """The metric that shows that all tokens went to the same experts though there are others, if they did."""
+        experts_per_token = round(self.counts.sum().item() / self.num_tokens)
+        dead = (self.counts == 0).sum().item()
+        if dead and experts_per_token == len(self.counts) - dead:
+            return f"dead_experts is {dead} of {len(self.counts)}"
+        return None
 
     def scalars(self) -> dict[str, float]:
         """The scalar metrics by name."""

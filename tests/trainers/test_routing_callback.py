@@ -174,7 +174,9 @@ def test_a_run_without_the_callback_gives_the_same_losses(tmp_path):
     assert not any("routing" in key for log in with_callback.state.log_history for key in log)
 
 
-def test_dead_experts_leave_their_buckets_empty(tmp_path):
+@pytest.fixture
+def collapsed():
+    """A model whose first router sends all tokens to the experts 1 and 4."""
     model = mixtral(num_experts=6)
     gate = model.model.layers[0].mlp.gate
 
@@ -183,7 +185,18 @@ def test_dead_experts_leave_their_buckets_empty(tmp_path):
         return logits, weights, torch.tensor([1, 4]).expand_as(indices)
 
     gate.forward = route_to_1_and_4
-    train(tmp_path, model=model)
+    return model
+
+
+def test_router_that_sends_all_tokens_to_the_same_experts_is_warned_of_once(tmp_path, collapsed, caplog):
+    train(tmp_path, model=collapsed, report_to=[])
+    warnings = [record.message for record in caplog.records if "dead_experts" in record.message]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("routing/layer_0/dead_experts is 4 of 6 at step 2: the router chooses the same")
+
+
+def test_dead_experts_leave_their_buckets_empty(tmp_path, collapsed):
+    train(tmp_path, model=collapsed)
     accumulator = events(tmp_path)
     assert [e.value for e in accumulator.Scalars("routing/layer_0/dead_experts")] == [4, 4]
     assert [e.value for e in accumulator.Scalars("routing/layer_0/load_balance_cv")] == pytest.approx([2**0.5] * 2)

@@ -1,0 +1,205 @@
+"""What keeps a run of days from losing more than the work since its last checkpoint."""
+
+import errno
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from xxhash import xxh3_64_hexdigest
+
+from .checkpoints import UNFINISHED, check_checkpoint, newest_checkpoint, publish_checkpoint, seal_checkpoint
+
+_STATE = "trainer_state.json"
+
+
+class DurableTraining:
+    """
+    To be put before a `transformers.Trainer` among the bases of a class.
+
+    - A checkpoint is written aside, brought to the disk and then named, so that it is whole or not there. If it cannot
+      be written, the earlier ones stay, and so they do if a weight is not finite.
+    - A checkpoint that is damaged, or of another model, is not resumed from; the one before it is.
+    - SIGTERM and SIGINT end the run after the update under way and a checkpoint, with the exit code 128 + signal; the
+      second one ends it at once.
+    - A loss or a gradient that is not finite ends the run with the number of the update.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self._saves_aside = False
+        super().__init__(*args, **kwargs)
+        self._stop = StopOnSignal(self)
+        self.add_callback(self._stop)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """
+        As `Trainer.train`, from the newest checkpoint up to `resume_from_checkpoint` that is whole and of this model.
+
+        Raises:
+            ValueError: If there is none.
+            SystemExit: After a signal.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self._stop.restore()
+        if self._stop.signal is not None:
+            if self.is_world_process_zero():
+                place = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+                name = signal.Signals(self._stop.signal).name
+                print(f"{name}: stopped at {place}; go on with --resume_from_checkpoint last", file=sys.stderr)
+            raise SystemExit(128 + self._stop.signal)
+        return result
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """As `Trainer.training_step`; raises `FloatingPointError` if the loss is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(self._not_finite(f"the loss of step {self.state.global_step + 1} is {loss}"))
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # The scaler of float16 skips such steps and goes on.
+        if norm is not None and not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):
+            raise FloatingPointError(
+                self._not_finite(f"the gradient of step {self.state.global_step + 1} has the norm {float(norm)}")
+            )
+        return norm
+
+    def _not_finite(self, what: str) -> str:
+        return f"Training stopped: {what}; {self._kept()}. A lower learning rate or a longer warm-up usually helps."
+
+    def _kept(self) -> str:
+        checkpoint = newest_checkpoint(self.args.output_dir)
+        return f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
+
+    def _whole_checkpoint(self, checkpoint: str | Path) -> str:
+        problem = check_checkpoint(checkpoint, self._parameters())
+        if problem is None:
+            return str(checkpoint)
+        earlier = newest_checkpoint(Path(checkpoint).parent, self._parameters())
+        if earlier is None:
+            raise ValueError(f"{checkpoint} {problem}, and there is no other to resume from.")
+        return str(earlier)
+
+    def _parameters(self) -> str:
+        # Wrappers change the names. Under ZeRO-3 a parameter is empty and knows its shape.
+        model = self.accelerator.unwrap_model(self.model)
+        shapes = sorted(tuple(getattr(value, "ds_shape", value.shape)) for value in model.parameters())
+        return xxh3_64_hexdigest(repr(shapes).encode())
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, UNFINISHED)) if self._saves_aside else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # A push reads the folder for long after it has been renamed.
+        if not self._saves_aside:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self._check_weights()
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        run = Path(self._get_output_dir(trial))
+        unfinished, final = run / UNFINISHED / name, run / name
+        try:
+            if self.args.should_save:
+                # What an earlier process was writing when it was killed.
+                shutil.rmtree(unfinished.parent, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self._saves_aside = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saves_aside = False
+            self.accelerator.wait_for_everyone()
+            if self.state.best_model_checkpoint == str(unfinished):
+                self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(unfinished / _STATE))
+                seal_checkpoint(unfinished, self._parameters())
+                publish_checkpoint(unfinished, final)
+                unfinished.parent.rmdir()
+                self._checkpoint_published(final)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
+            full = " as the disk is full" if _is_full(error, run) else ""
+            raise OSError(f"{final} could not be written{full} ({error}); {self._kept()}.") from error
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _checkpoint_published(self, folder: Path) -> None:
+        """For those who need to know when a checkpoint has its name."""
+
+    def _check_weights(self) -> None:
+        # A step that overflowed shows in its weights before it shows in a loss: never let it become a checkpoint.
+        # Under ZeRO-3 a parameter is empty, and each process has a share of it in `ds_tensor`.
+        shares = {name: getattr(value, "ds_tensor", value) for name, value in self.model.named_parameters()}
+        floating = {name: share for name, share in shares.items() if share.is_floating_point()}
+        names = gather_object([name for name, share in floating.items() if not torch.isfinite(share).all()])
+        if names:
+            where = f"{names[0]} has values that are not finite after step {self.state.global_step}"
+            raise FloatingPointError(self._not_finite(where))
+
+
+class StopOnSignal(TrainerCallback):
+    """
+    Ends a training with a checkpoint after the update in which SIGTERM or SIGINT came.
+
+    Args:
+        trainer (`Trainer`): Of the training. With several processes a signal to any of them stops all.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.signal: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Listens, where Python allows it: in the main thread."""
+        self.signal = None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                # A process that a shell has put into the background ignores SIGINT, and still should.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Asks for a checkpoint and the end."""
+        noted = self.signal or 0
+        if args.world_size > 1:
+            numbers = torch.tensor([noted], device=args.device)
+            noted = int(self.trainer.accelerator.gather(numbers).max())
+        if noted:
+            self.signal = noted
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def restore(self) -> None:
+        """Listens no more."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def _note(self, number: int, frame) -> None:
+        self.signal = number
+        self.restore()
+
+
+def _is_full(error: Exception, folder: Path) -> bool:
+    # torch and safetensors tell it in their own words, or not at all.
+    told = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    return told or shutil.disk_usage(folder).free < 1 << 20
