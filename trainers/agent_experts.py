@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from ..modeling import ExpertStore, ExpertStoreConfig, LazyAdamW, TieredMoeConfig, TieredMoeForActorCritic
+from ..modeling.expert_files import MANIFEST
 from ..modeling.expert_statistics import StoreStats
 from ..modeling.lazy_adamw import clip_grad_norm_
 from ..modeling.lazy_adamw_in_memory import InMemoryLazyAdamW
@@ -246,7 +247,7 @@ def build_agent(arguments: AgentArguments, model_config: TieredMoeConfig, config
     if arguments.nvme_path:
         folder = store_folder(arguments, config)
         # What an earlier run has left belongs to its checkpoints, which have copies of their own.
-        shutil.rmtree(folder, ignore_errors=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
         store = offload_experts(
             agent,
             ExpertStoreConfig(

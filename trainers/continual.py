@@ -12,6 +12,8 @@ from ..modeling import TieredMoeConfig
 from .agent_card import write_agent_card
 from .agent_experts import build_agent
 from .atari import own_actions
+from .checkpoints import checkpoints_of
+from .continual_log import METRICS
 from .continual_ppo_config import AgentArguments, ContinualPpoConfig, GameArguments
 from .continual_ppo_trainer import ContinualPpoTrainer
 from .continual_results import RESULTS, continual_results, write_results
@@ -58,7 +60,10 @@ def train_agent(arguments: AgentArguments, games: GameArguments, config: Continu
     config.check_segments(games.num_envs)
     folder = Path(config.output_dir)
     if not checkpoint and config.process_index == 0 and config.overwrite_output_dir:
-        shutil.rmtree(folder, ignore_errors=True)
+        # Otherwise what this run cannot finish would seem to go on from a checkpoint of the one that it replaces.
+        for stale in checkpoints_of(folder):
+            shutil.rmtree(stale)
+        (folder / METRICS).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     config.accelerator.wait_for_everyone()
     torch.set_num_threads(config.num_threads)

@@ -21,6 +21,7 @@ from .continual_checkpoints import ContinualProgress, load_checkpoint, save_chec
 from .continual_log import ContinualLog
 from .continual_ppo_config import AgentArguments, ContinualPpoConfig, GameArguments
 from .continual_remedies import DetectorMemory, ElasticWeights, ReplayMemory
+from .durable_training import SignalListener
 from .expert_gradients import exchange_gradients, mean_over_processes
 from .expert_specialisation import specialisation
 from .game_rollout import GamePlayer, Segments
@@ -65,6 +66,7 @@ class ContinualPpoTrainer:
         self.environments: GameEnvironments | None = None
         self.recent_returns: deque[float] = deque(maxlen=100)
         self.log = ContinualLog(config)
+        self._signals = SignalListener()
         self._trial: PrefetchTrial | None = None
         self._last_segments: Segments | None = None
 
@@ -77,6 +79,9 @@ class ContinualPpoTrainer:
 
         Returns:
             [`ContinualProgress`]: What was measured.
+
+        Raises:
+            SystemExit: After SIGTERM or SIGINT, and a checkpoint.
         """
         progress = self.progress
         if checkpoint:
@@ -85,15 +90,19 @@ class ContinualPpoTrainer:
         elif self.games.eval_episodes:
             progress.random_returns = [self._random_return(game) for game in self.games.games]
             self._evaluate()
-        while self.progress.phase < len(self.phases):
-            if self.player is None:
-                self._begin_phase()
-            while self.progress.phase_updates < self.updates_per_phase:
-                if self._stops_here():
-                    return self.progress
-                self._update_once()
-            self._end_phase()
-        self.log.close()
+        self._signals.listen()
+        try:
+            while self.progress.phase < len(self.phases):
+                if self.player is None:
+                    self._begin_phase()
+                while self.progress.phase_updates < self.updates_per_phase:
+                    if self._stops_here():
+                        return self.progress
+                    self._update_once()
+                self._end_phase()
+        finally:
+            self._signals.restore()
+            self.log.close()
         return self.progress
 
     # --- phases ---------------------------------------------------------------------------------------------------
@@ -156,10 +165,12 @@ class ContinualPpoTrainer:
             layer.mlp.gate.requires_grad_(False)
 
     def _stops_here(self) -> bool:
-        if self.config.max_updates is None or self.progress.updates < self.config.max_updates:
+        stopped = self._signals.agree(self.config.accelerator)
+        if not stopped and (self.config.max_updates is None or self.progress.updates < self.config.max_updates):
             return False
-        save_checkpoint(self)
-        self.log.close()
+        checkpoint = save_checkpoint(self)
+        if stopped:
+            self._signals.end_run(checkpoint, self.config.process_index == 0)
         return True
 
     # --- one update -----------------------------------------------------------------------------------------------

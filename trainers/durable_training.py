@@ -6,8 +6,10 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import TrainerCallback
@@ -34,8 +36,9 @@ class DurableTraining:
     def __init__(self, *args, **kwargs):
         self._saves_aside = False
         super().__init__(*args, **kwargs)
-        self._stop = StopOnSignal(self)
-        self.add_callback(self._stop)
+        callback = StopOnSignal(self)
+        self._signals = callback.listener
+        self.add_callback(callback)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """
@@ -52,13 +55,10 @@ class DurableTraining:
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
-            self._stop.restore()
-        if self._stop.signal is not None:
-            if self.is_world_process_zero():
-                place = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-                name = signal.Signals(self._stop.signal).name
-                print(f"{name}: stopped at {place}; go on with --resume_from_checkpoint last", file=sys.stderr)
-            raise SystemExit(128 + self._stop.signal)
+            self._signals.restore()
+        if self._signals.signal is not None:
+            place = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            self._signals.end_run(place, self.is_world_process_zero())
         return result
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
@@ -156,6 +156,46 @@ class DurableTraining:
             raise FloatingPointError(self._not_finite(where))
 
 
+class SignalListener:
+    """Notes SIGTERM and SIGINT, the first of which ends nothing; the second one does what it always does."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def listen(self) -> None:
+        """Begins, where Python allows it: in the main thread."""
+        self.signal = None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                # A process that a shell has put into the background ignores SIGINT, and still should.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
+
+    def agree(self, accelerator: Accelerator) -> int | None:
+        """The signal that any of the processes has noted; all of them have to ask."""
+        if accelerator.num_processes > 1:
+            numbers = torch.tensor([self.signal or 0], device=accelerator.device)
+            self.signal = int(accelerator.gather(numbers).max()) or None
+        return self.signal
+
+    def end_run(self, checkpoint: Path, is_main_process: bool) -> NoReturn:
+        """Says where the checkpoint is, and leaves with the exit code 128 + signal."""
+        if is_main_process:
+            name = signal.Signals(self.signal).name
+            print(f"{name}: stopped at {checkpoint}; go on with --resume_from_checkpoint last", file=sys.stderr)
+        raise SystemExit(128 + self.signal)
+
+    def restore(self) -> None:
+        """Listens no more."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def _note(self, number: int, frame) -> None:
+        self.signal = number
+        self.restore()
+
+
 class StopOnSignal(TrainerCallback):
     """
     Ends a training with a checkpoint after the update in which SIGTERM or SIGINT came.
@@ -166,37 +206,17 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.signal: int | None = None
-        self._previous: dict[int, object] = {}
+        self.listener = SignalListener()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Listens, where Python allows it: in the main thread."""
-        self.signal = None
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                # A process that a shell has put into the background ignores SIGINT, and still should.
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._note)
+        """Listens."""
+        self.listener.listen()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Asks for a checkpoint and the end."""
-        noted = self.signal or 0
-        if args.world_size > 1:
-            numbers = torch.tensor([noted], device=args.device)
-            noted = int(self.trainer.accelerator.gather(numbers).max())
-        if noted:
-            self.signal = noted
+        if self.listener.agree(self.trainer.accelerator):
             control.should_save = control.should_training_stop = True
         return control
-
-    def restore(self) -> None:
-        """Listens no more."""
-        while self._previous:
-            signal.signal(*self._previous.popitem())
-
-    def _note(self, number: int, frame) -> None:
-        self.signal = number
-        self.restore()
 
 
 def _is_full(error: Exception, folder: Path) -> bool:

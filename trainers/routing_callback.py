@@ -123,8 +123,8 @@ class RoutingCallback(TrainerCallback):
         collapsed = {layer: sign for layer, statistics in layers.items() if (sign := statistics.collapse)}
         for layer in sorted(collapsed.keys() - self._collapsed):
             logger.warning(
-                "routing/layer_%d/%s at step %d: the router chooses the same experts for all. A larger balancing loss, "
-                "or a lower learning rate, usually helps.",
+                "routing/layer_%d/%s at step %d: the router chooses the same experts for all. A larger balancing "
+                "loss, or a lower learning rate, usually helps.",
                 layer, collapsed[layer], step,
             )  # fmt: skip
         self._collapsed = set(collapsed)

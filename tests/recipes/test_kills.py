@@ -22,6 +22,7 @@ IMPORTED = (
     "mixturekit.trainers.language_modeling",
     "mixturekit.trainers.imitation",
     "mixturekit.trainers.gsm8k_training",
+    "mixturekit.trainers.continual",
 )
 EACH_STEP = ("--logging_steps", 1, "--save_steps", 1, "--save_total_limit", 2, "--use_cpu", "true")
 RUNS = {
@@ -39,6 +40,11 @@ RUNS = {
         "--config", RECIPES / "gsm8k" / "quickstart.yaml", "--num_train_problems", 40, "--num_eval_problems", 2,
         "--warm_start_steps", 2, "--per_device_train_batch_size", 4, "--max_steps", 16, "--max_completion_length", 6,
     ),
+    "train_atari.py": (
+        "--config", RECIPES / "atari" / "quickstart.yaml", "--expert_dim", 32, "--expert_hidden_dim", 16,
+        "--num_experts", 8, "--hbm_capacity", 4, "--dram_capacity", 4, "--encoder_channels", 4, 8, "--num_steps", 16,
+        "--steps_per_game", 512, "--num_envs", 4, "--eval_episodes", 1, "--eval_max_steps", 10,
+    ),
 }  # fmt: skip
 
 
@@ -53,6 +59,8 @@ def start():
 
         def start(script, folder, *options):
             options = (*RUNS[script], *EACH_STEP, "--output_dir", folder, *options)
+            if script == "train_atari.py":
+                options += ("--nvme_path", f"{folder}_experts")
             process = context.Process(target=run, args=(script, [*map(str, options)], f"{folder}.log"))
             process.start()
             return process
@@ -74,11 +82,34 @@ def finish(process, folder):
     assert process.exitcode == 0, Path(f"{folder}.log").read_text()[-3000:]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(start, tmp_path_factory):
+    """What a recipe gives that nobody kills, and how long it takes."""
+    known = {}
+
+    def run_once(script):
+        if script not in known:
+            folder, began = tmp_path_factory.mktemp("uninterrupted") / "run", time.monotonic()
+            finish(start(script, folder), folder)
+            known[script] = outcome(folder), time.monotonic() - began
+        return known[script]
+
+    return run_once
+
+
 def outcome(folder):
-    """Losses and gradients of all steps, and the bytes of the weights."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    logged = {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry}
+    """Losses of all steps, and the bytes of the weights."""
+    if (folder / "metrics.jsonl").exists():
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        logged = {line["update"]: {key: value for key, value in line.items() if "loss" in key} for line in lines}
+    else:
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        logged = {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry}
     return logged, {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def is_saving(folder):
+    return any(folder.glob(f"{UNFINISHED}*"))
 
 
 def kill_at_random(process, rng, longest):
@@ -89,20 +120,18 @@ def kill_while_saving(process, rng, folder):
     """Waits for one of the next checkpoints to be under way, and a moment more."""
     for _ in range(rng.randint(1, 3)):
         for saving in (True, False):
-            while (folder / UNFINISHED).exists() is not saving and process.is_alive():
+            while is_saving(folder) is not saving and process.is_alive():
                 time.sleep(0.0005)
-    while not (folder / UNFINISHED).exists() and process.is_alive():
+    while not is_saving(folder) and process.is_alive():
         time.sleep(0.0005)
     time.sleep(rng.uniform(0, 0.02))
 
 
 @pytest.mark.parametrize("script", RUNS)
 @pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
-def test_killed_runs_end_as_the_run_that_was_never_killed(start, tmp_path, script, kills):
-    whole, folder, rng = tmp_path / "whole", tmp_path / "killed", random.Random(f"{script} {kills}")
-    began = time.monotonic()
-    finish(start(script, whole), whole)
-    longest, killed, saving = time.monotonic() - began, 0, 0
+def test_killed_runs_end_as_the_run_that_was_never_killed(start, uninterrupted, tmp_path, script, kills):
+    folder, rng, killed, saving = tmp_path / "killed", random.Random(f"{script} {kills}"), 0, 0
+    expected, longest = uninterrupted(script)
     while killed < kills:
         resume = ("--resume_from_checkpoint", "last") if checkpoints_of(folder) else ("--overwrite_output_dir", "true")
         process = start(script, folder, *resume)
@@ -113,25 +142,24 @@ def test_killed_runs_end_as_the_run_that_was_never_killed(start, tmp_path, scrip
         if process.is_alive():
             process.kill()
             process.join()
-            killed, saving = killed + 1, saving + (folder / UNFINISHED).exists()
+            killed, saving = killed + 1, saving + is_saving(folder)
             for checkpoint in checkpoints_of(folder):
                 assert check_checkpoint(checkpoint) is None
         else:
             # It was faster than the kill, which is then for another run.
             finish(process, folder)
-            assert outcome(folder) == outcome(whole)
+            assert outcome(folder) == expected
             shutil.rmtree(folder)
     resume = ("--resume_from_checkpoint", "last") if checkpoints_of(folder) else ("--overwrite_output_dir", "true")
     finish(start(script, folder, *resume), folder)
-    assert outcome(folder) == outcome(whole)
-    assert not (folder / UNFINISHED).exists()
+    assert outcome(folder) == expected
+    assert not is_saving(folder)
     print(f"{script}: {killed} kills, {saving} of them while a checkpoint was being written, nothing lost")
 
 
 @pytest.mark.parametrize("script", RUNS)
-def test_sigterm_ends_a_run_with_a_checkpoint(start, tmp_path, script):
-    whole, folder = tmp_path / "whole", tmp_path / "stopped"
-    finish(start(script, whole), whole)
+def test_sigterm_ends_a_run_with_a_checkpoint(start, uninterrupted, tmp_path, script):
+    folder, (expected, _) = tmp_path / "stopped", uninterrupted(script)
     process = start(script, folder)
     while not checkpoints_of(folder):
         assert process.is_alive(), Path(f"{folder}.log").read_text()[-3000:]
@@ -142,4 +170,4 @@ def test_sigterm_ends_a_run_with_a_checkpoint(start, tmp_path, script):
     newest = checkpoints_of(folder)[0]
     assert f"SIGTERM: stopped at {newest}" in Path(f"{folder}.log").read_text()
     finish(start(script, folder, "--resume_from_checkpoint", "last"), folder)
-    assert outcome(folder) == outcome(whole)
+    assert outcome(folder) == expected
