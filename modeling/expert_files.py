@@ -6,6 +6,7 @@ not written before the next one, the other takes what is written in between. Wha
 manifest of the last checkpoint still names records that are whole.
 """
 
+import errno
 import fcntl
 import json
 import logging
@@ -167,8 +168,11 @@ class ExpertFiles:
         partial.mkdir(parents=True)
         try:
             manifest = self._copy_records(partial)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                full = f"{path} could not be written as the disk is full; {self.folder} holds the same checkpoint"
+                raise OSError(error.errno, full) from error
             raise
         partial.rename(path)
         _sync_folder(path.parent)

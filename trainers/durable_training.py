@@ -1,6 +1,7 @@
 """What keeps a run of days from losing more than the work since its last checkpoint."""
 
 import errno
+import os
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ from xxhash import xxh3_64_hexdigest
 from .checkpoints import UNFINISHED, check_checkpoint, newest_checkpoint, publish_checkpoint, seal_checkpoint
 
 _STATE = "trainer_state.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DurableTraining:
@@ -54,6 +56,12 @@ class DurableTraining:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except OSError as error:
+            # Of a log or a picture: what a checkpoint raises says so itself, and has no number.
+            if error.errno not in _FULL:
+                raise
+            where = f"the disk of {self.args.output_dir} is full ({error})"
+            raise OSError(f"Training stopped as {where}; {self._kept()}.") from error
         finally:
             self._signals.restore()
         if self._signals.signal is not None:
@@ -133,8 +141,9 @@ class DurableTraining:
                 unfinished.parent.rmdir()
                 self._checkpoint_published(final)
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(unfinished.parent, ignore_errors=True)
+            # Before room is made.
             full = " as the disk is full" if _is_full(error, run) else ""
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
             raise OSError(f"{final} could not be written{full} ({error}); {self._kept()}.") from error
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
@@ -221,5 +230,5 @@ class StopOnSignal(TrainerCallback):
 
 def _is_full(error: Exception, folder: Path) -> bool:
     # torch and safetensors tell it in their own words, or not at all.
-    told = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    told = getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
     return told or shutil.disk_usage(folder).free < 1 << 20
