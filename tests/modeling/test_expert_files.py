@@ -203,7 +203,9 @@ def test_full_disk_leaves_the_last_checkpoint_intact(folder, tmp_path):
             expected = weights(store)
             for expert in range(EXPERTS):
                 train(store, expert)
-            with pytest.raises(OSError, match="No space left on device"):
+            with pytest.raises(
+                OSError, match=r"next-\d could not be written as the disk is full; .*store holds the same checkpoint"
+            ):
                 for number in range(9):
                     for expert in range(EXPERTS):
                         train(store, expert)

@@ -32,38 +32,6 @@ EACH_STEP = (
 # Between the first checkpoint and the second, someone else takes all that is left of the disk.
 FILLER = "(until [ -e run/checkpoint-1 ]; do sleep 0.01; done; cat /dev/zero > filler) 2>/dev/null & filler=$!"
 
-STORE = """
-import torch
-from mixturekit.modeling.expert_store import ExpertStore, ExpertStoreConfig
-
-def store():
-    config = ExpertStoreConfig("../store", fast_capacity=2, ram_capacity=2)
-    return ExpertStore(config, {"weight": (256, 256)}, num_layers=2, num_experts=4)
-
-def fill(store, value):
-    for layer in range(2):
-        for expert in range(4):
-            store.write_weights(layer, expert, {"weight": torch.full((256, 256), float(value))})
-
-experts = store()
-for value in range(1, 9):
-    fill(experts, value)
-    try:
-        experts.checkpoint(f"checkpoint-{value}")
-        experts.wait_for_copy()
-    except OSError as error:
-        print(error)
-        break
-experts.close()
-again = store()
-assert torch.equal(again.read_weights(1, 3)["weight"], torch.full((256, 256), float(value)))
-again.restore(f"checkpoint-{value - 1}")
-for layer in range(2):
-    for expert in range(4):
-        assert torch.equal(again.read_weights(layer, expert)["weight"], torch.full((256, 256), value - 1.0))
-again.close()
-"""
-
 
 @pytest.fixture
 def on_small_disk(tmp_path):
@@ -106,11 +74,3 @@ def test_full_disk_ends_a_run_and_leaves_its_checkpoints(on_small_disk, script, 
     )
     assert len(told) == 1, ended.stderr[-3000:]
     assert not (kept / "run" / UNFINISHED).exists()
-
-
-def test_full_disk_leaves_an_expert_store_and_its_earlier_copies(on_small_disk):
-    ended, kept = on_small_disk(15, sys.executable, "-c", STORE)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    copies = sorted(path.name for path in kept.iterdir())
-    assert copies == ["checkpoint-1", "checkpoint-2"]
-    assert "checkpoint-3 could not be written as the disk is full; " in ended.stdout
