@@ -30,6 +30,7 @@ class DurableTraining:
     - A checkpoint is written aside, brought to the disk and then named, so that it is whole or not there. If it cannot
       be written, the earlier ones stay, and so they do if a weight is not finite.
     - A checkpoint that is damaged, or of another model, is not resumed from; the one before it is.
+    - A run that was killed between its last update and its end has nothing left to learn when it is resumed.
     - SIGTERM and SIGINT end the run after the update under way and a checkpoint, with the exit code 128 + signal; the
       second one ends it at once.
     - A loss or a gradient that is not finite ends the run with the number of the update.
@@ -68,6 +69,13 @@ class DurableTraining:
             place = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             self._signals.end_run(place, self.is_world_process_zero())
         return result
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # `Trainer` counts only after an update: a run that was killed after its last checkpoint would make one too many.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """As `Trainer.training_step`; raises `FloatingPointError` if the loss is not finite."""

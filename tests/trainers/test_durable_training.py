@@ -151,6 +151,13 @@ def test_planted_pickle_is_not_run(run, tmp_path):
     assert not marker.exists()
 
 
+def test_run_that_had_made_its_last_update_makes_no_other(run):
+    again = make_trainer(run.args.output_dir)
+    result = again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 8 == result.global_step and losses(again) == losses(run)
+    assert torch.equal(again.model.linear.weight, run.model.linear.weight)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_makes_a_checkpoint_and_ends_the_run(tmp_path, number):
     listening = signal.getsignal(number)
