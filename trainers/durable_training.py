@@ -71,7 +71,7 @@ class DurableTraining:
         return result
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        # `Trainer` counts only after an update: a run that was killed after its last checkpoint would make one too many.
+        # `Trainer` counts after an update only: a run killed after its last checkpoint would make one too many.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
