@@ -204,6 +204,12 @@ def load_offloaded(
     return model, store
 
 
+def offloaded_parameters(model: nn.Module) -> int:
+    """How many parameters of a model are in a store, where `model.parameters()` does not find them."""
+    stores = {module.forward.store for module in model.modules() if isinstance(module.forward, OffloadedExperts)}
+    return sum(map(_parameters_in, stores))
+
+
 class OffloadedExperts:
     """
     The forward of one layer's experts, on the fast tier of a store.
@@ -446,9 +452,12 @@ def _zero_grad(zero_rest: Callable[[bool], None], store: ExpertStore, set_to_non
 
 
 def _num_parameters(count_rest: Callable[..., int], store: ExpertStore, only_trainable: bool = False, **kwargs) -> int:
-    per_expert = sum(prod(shape) for _, shape in store.layout.parameters)
     frozen = only_trainable and not store.config.training
-    return count_rest(only_trainable, **kwargs) + (0 if frozen else store.num_layers * store.num_experts * per_expert)
+    return count_rest(only_trainable, **kwargs) + (0 if frozen else _parameters_in(store))
+
+
+def _parameters_in(store: ExpertStore) -> int:
+    return store.num_layers * store.num_experts * sum(prod(shape) for _, shape in store.layout.parameters)
 
 
 def _device(model: PreTrainedModel) -> torch.device:

@@ -4,7 +4,7 @@ accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/trai
     --config recipes/more/quickstart.yaml --expert_type more_c --output_dir out
 
 Experts that do not fit in memory are kept on a disk with --nvme_path; --fast_capacity and --ram_capacity say how many
-of a layer are not.
+of a layer are not. Under recipes/accelerate_configs/zero3_nvme.yaml the same folder is DeepSpeed's.
 """
 
 import atexit
@@ -27,13 +27,13 @@ def main() -> None:
         # Gloo's threads now and then abort a process that exits within its group.
         atexit.register(lambda: PartialState().destroy_process_group())
         metrics = train_language_model(*arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ImportError, ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     config, offload = arguments[2:]
     if config.process_index == 0:
         print(f"Held-out perplexity {metrics['eval_perplexity']:.2f} after {metrics['steps']} steps.")
         print(f"Model, tokenizer, metrics and logs are in {config.output_dir}")
-        if offload.nvme_path is not None:
+        if "store_bytes_read" in metrics:
             read, written = metrics["store_bytes_read"] / 1e6, metrics["store_bytes_written"] / 1e6
             hits = f"{100 * metrics['store_hit_rate']:.1f} % of the experts were there when asked for"
             print(f"The store in {offload.nvme_path}: {hits}, {read:.0f} MB read, {written:.0f} MB written.")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from .task_data import GENERATED, mix_examples, parse_task_weights, save_task_ar
 from .text_data import load_train_and_validation
 from .token_datasets import AnswerDataset, PackedTokens
 from .tokenization import load_tokenizer, tokenize_documents, train_tokenizer
+from .training_record import parameter_counts
+from .zero_offload import check_zero_offload
 
 # A checkpoint and a resumed run must agree on these.
 _SHAPE_FIELDS = (
@@ -215,9 +218,11 @@ def train_language_model(
     Returns:
         The metrics of the last evaluation: `eval_loss`, `eval_perplexity` and the evaluation's speed.
     """
+    offloaded = offload is not None and offload.nvme_path is not None
+    # With parameters on a disk by DeepSpeed the folder is for these.
+    offloaded = not check_zero_offload(config, offload.nvme_path if offloaded else None) and offloaded
     checkpoint = check_output_dir(config)
     load_config(model_arguments)
-    offloaded = offload is not None and offload.nvme_path is not None
     if offloaded and config.world_size > 1:
         raise ValueError(
             f"--nvme_path is for one process, not for {config.world_size}: a store has one user at a time."
@@ -229,28 +234,40 @@ def train_language_model(
         data = load_data(data_arguments, model_arguments.model_name_or_path, config.data_seed or 0)
     tokenizer, train, validation = data
     torch.manual_seed(config.seed)
-    store = None
-    if offloaded:
-        model, store = load_model_offloaded(
-            model_arguments, tokenizer, data_arguments.vocab_size, offload, config.device
+    with ExitStack() as stack:
+        store = None
+        if offloaded:
+            model, store = load_model_offloaded(
+                model_arguments, tokenizer, data_arguments.vocab_size, offload, config.device
+            )
+            stack.enter_context(store)
+        else:
+            model = load_model(model_arguments, tokenizer, data_arguments.vocab_size)
+        if checkpoint:
+            check_resumed_model(checkpoint, model.config)
+        trainer = LanguageModelingTrainer(
+            model=model,
+            args=config,
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            store=store,
         )
-    else:
-        model = load_model(model_arguments, tokenizer, data_arguments.vocab_size)
-    if checkpoint:
-        check_resumed_model(checkpoint, model.config)
-    trainer = LanguageModelingTrainer(
-        model=model,
-        args=config,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        store=store,
-    )
-    # Tasks are sums, which are generated, and stories from somewhere.
-    on_tasks = data_arguments.dataset_name == GENERATED
-    trainer.card_facts["dataset"] = data_arguments.babi_data if on_tasks else data_arguments.dataset_name
-    if on_tasks:
-        trainer.card_facts["prompt"] = "Mary went to the kitchen."
+        # Tasks are sums, which are generated, and stories from somewhere.
+        on_tasks = data_arguments.dataset_name == GENERATED
+        trainer.card_facts["dataset"] = data_arguments.babi_data if on_tasks else data_arguments.dataset_name
+        if on_tasks:
+            trainer.card_facts["prompt"] = "Mary went to the kitchen."
+        return _train_and_save(trainer, checkpoint, data_arguments, offload)
+
+
+def _train_and_save(
+    trainer: LanguageModelingTrainer,
+    checkpoint: str | None,
+    data_arguments: DataArguments,
+    offload: OffloadArguments | None,
+) -> dict[str, float]:
+    config, store = trainer.args, trainer.store
     if not checkpoint and trainer.is_world_process_zero():
         # Otherwise what this run cannot finish would seem to go on from a checkpoint of the one that it replaces.
         for stale in Path(config.output_dir).glob("checkpoint-*"):
@@ -263,7 +280,7 @@ def train_language_model(
         save_task_arguments(data_arguments, data_arguments.sequence_length, config.output_dir)
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()
-    metrics["parameters"] = model.num_parameters()
+    metrics["parameters"] = parameter_counts(trainer.model)["total"]
     metrics["steps"] = trainer.state.global_step
     if store is not None:
         metrics |= {f"store_{name}": value for name, value in store.stats.as_dict().items()}
@@ -274,6 +291,4 @@ def train_language_model(
     trainer.create_model_card()
     if config.push_to_hub:
         trainer.push_to_hub()
-    if store is not None:
-        store.close()
     return metrics

@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from transformers import TrainerCallback
 
-from ..modeling.modeling_more import MoreSparseMoeBlock
 from .language_modeling_card import CURVES, card_of_language_model, language_model_record
 from .offloaded_trainer import OffloadedTrainer
 from .publishing import PublishingCallback, write_card
 from .routing_callback import RoutingCallback
 from .token_datasets import pad_blocks
 from .training_record import routing_facts
+from .zero_offload import prepare_for_zero3
 
 
 class RouterBiasCallback(TrainerCallback):
@@ -42,10 +42,8 @@ class LanguageModelingTrainer(OffloadedTrainer):
             data_collator = partial(pad_blocks, pad_token_id=processing_class.pad_token_id)
         super().__init__(*args, data_collator=data_collator, processing_class=processing_class, **kwargs)
         if self.is_deepspeed_enabled:
-            from deepspeed.utils import set_z3_leaf_modules
-
-            # ZeRO-3 needs the same order of modules on all processes, whose experts may take different steps.
-            set_z3_leaf_modules(self.model, [MoreSparseMoeBlock])
+            # ZeRO-3 also needs the same order of modules on all processes, whose experts may take different steps.
+            prepare_for_zero3(self.model, self.accelerator.state.deepspeed_plugin)
         if self.accelerator.is_fsdp2 and (plugin := self.accelerator.state.fsdp_plugin).mixed_precision_policy:
             # The default rounds losses, and the number of labels that they are divided by, to bfloat16's three digits.
             exact = {"output_dtype": None, "cast_forward_inputs": False}

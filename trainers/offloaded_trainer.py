@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import TrainOutput
 
 from ..modeling.expert_store import ExpertStore
 from ..modeling.lazy_adamw import LazyAdamW, clip_grad_norm_
 from .checkpoints import EXPERTS
 from .durable_training import DurableTraining
+from .zero_offload import check_leaf_blocks
 
 REST = "rest.safetensors"
 
@@ -68,6 +71,12 @@ class OffloadedTrainer(DurableTraining, Trainer):
             no_decay=[name for name, _ in self.store.layout.parameters if name not in decayed],
         )
         return self.optimizer
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """As `Trainer.train`; raises `ValueError` if DeepSpeed would give experts wrong gradients."""
+        if self.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
+            check_leaf_blocks(self.model)
+        return super().train(*args, **kwargs)
 
     def _check_arguments(self) -> None:
         args = self.args

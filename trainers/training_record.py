@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from ..hub_cards.published_files import shareable, shareable_text
+from ..modeling.offloaded_experts import offloaded_parameters
 from .routing_callback import RoutingCallback
 from .whole_files import write_whole_text
 
@@ -94,10 +95,11 @@ def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
     chosen = getattr(config, "num_experts_per_tok", None)
     # A critic is no part of the policy.
     sizes = {name: size_of(value) for name, value in model.named_parameters() if "value_head." not in name}
-    total = sum(sizes.values())
+    in_store = offloaded_parameters(model)
+    total = sum(sizes.values()) + in_store
     if not experts or not chosen:
         return {"total": total, "active": total}
-    routed = sum(size for name, size in sizes.items() if ".experts." in name)
+    routed = in_store + sum(size for name, size in sizes.items() if ".experts." in name)
     return {"total": total, "active": total - routed + routed * chosen // experts}
 
 

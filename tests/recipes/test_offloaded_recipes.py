@@ -12,6 +12,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from mixturekit.modeling import MoreForCausalLM
+from mixturekit.trainers.language_modeling import train_language_model
+from mixturekit.trainers.language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
+from mixturekit.trainers.offload_arguments import OffloadArguments
+from mixturekit.trainers.recipe_parser import parse_recipe
+from mixturekit.trainers.training_record import parameter_counts
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -52,6 +57,9 @@ def test_more_trains_with_its_experts_on_disk(trained):
     assert results["store_bytes_read"] > 0 and results["store_bytes_written"] > 0
     assert 0 < results["store_hit_rate"] < 1
     assert results["parameters"] > 1_500_000, "Experts on disk count, too."
+    counts = json.loads((folder / "training_record.json").read_text())["parameters"]
+    assert counts["total"] == results["parameters"] == MoreForCausalLM.from_pretrained(folder).num_parameters()
+    assert counts == parameter_counts(MoreForCausalLM.from_pretrained(folder))
 
 
 def test_text_is_that_of_the_model_in_memory(trained, tmp_path):
@@ -95,6 +103,17 @@ def test_experts_of_an_earlier_run_are_not_taken_for_new_ones(train, trained):
     _, refused = train("other", "--nvme_path", f"{trained[0]}_experts")
     assert refused.returncode == 1
     assert "already holds the experts of a run" in refused.stderr.splitlines()[-1]
+
+
+def test_failed_training_gives_the_folder_back(tmp_path):
+    line = ["--config", str(RECIPES / "more" / "quickstart.yaml"), "--num_examples", "100", "--learning_rate", "inf"]
+    line += ["--num_validation_examples", "4", "--warmup_steps", "0", "--output_dir", str(tmp_path / "out")]
+    line += ["--report_to", "none", "--nvme_path", str(tmp_path / "experts")]
+    types = (ModelArguments, DataArguments, LanguageModelingConfig, OffloadArguments)
+    for _ in range(2):
+        with pytest.raises(FloatingPointError):
+            # A store that is still open would refuse the second of them.
+            train_language_model(*parse_recipe(types, [*line, "--overwrite_output_dir"]))
 
 
 def test_impossible_tiers_are_refused_in_one_sentence(train):

@@ -222,6 +222,7 @@ def test_one_process_trains(single, tmp_path, configuration):
         ("fsdp2", DistributedType.FSDP),
         ("zero2", DistributedType.DEEPSPEED),
         ("zero3", DistributedType.DEEPSPEED),
+        ("zero3_nvme", DistributedType.DEEPSPEED),
     ],
 )
 def test_every_configuration_is_read(configuration, distributed_type):
