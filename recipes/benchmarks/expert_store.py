@@ -4,7 +4,8 @@ python recipes/benchmarks/expert_store.py --folder /nvme/scratch --threads 1
 
 First come the limits of the machine, then the rate of the store's disk tier, then training steps of one MoE on the
 same batches and routes. Each measurement runs in a process of its own, and its bytes are what the kernel moved for it.
-The tokens of a task go to the same few experts of each layer; a new task, with others, comes every few steps.
+The tokens of a task go to the same few experts of each layer, and every few steps another task is on, in turn. Each of
+them has been on before the measurement begins, so that its experts come from the disk with moments of their own.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--folder", required=True, help="where to write, on the disk to be measured")
     for name, default in {
         "hidden_size": 512, "intermediate_size": 1024, "layers": 2, "experts": 32, "experts_per_token": 2,
-        "tokens": 64, "steps": 24, "steps_per_task": 8, "threads": 1, "repeats": 5, "seed": 0,
+        "tokens": 64, "tasks": 4, "steps": 24, "steps_per_task": 6, "threads": 1, "repeats": 5, "seed": 0,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
@@ -40,6 +41,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.experts % 8:
         parser.error(f"--experts is a multiple of 8, not {arguments.experts}: an eighth of them is in the fast tier.")
+    if not 1 < arguments.tasks <= 4 or arguments.steps % arguments.steps_per_task:
+        parser.error("--tasks is 2, 3 or 4, for a quarter of the experts each, and --steps whole --steps_per_task.")
     figures = {"arguments": vars(arguments), **measure_all(arguments)}
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -156,13 +159,13 @@ def evict_all(store) -> None:
 
 class Routes:
     """
-    The experts of each token, planned: at step `s` the tokens of task `s // steps_per_task` go to `touched` experts.
+    The experts of each token, planned: the tokens of a task go to `touched` experts, and no two tasks share one.
 
     Every one of them has a token. It takes the place of what a router chooses; the weights are still the router's.
     """
 
     def __init__(self, arguments: argparse.Namespace, touched: int):
-        self.arguments, self.touched, self.step = arguments, touched, 0
+        self.arguments, self.touched, self.task = arguments, touched, 0
 
     def attach(self, model) -> None:
         """Hooks the router of every layer."""
@@ -173,8 +176,8 @@ class Routes:
         """Logits and weights of the router with the planned experts, `(tokens, experts per token)`."""
         import torch
 
-        task, per_token = self.step // self.arguments.steps_per_task, self.arguments.experts_per_token
-        chosen = random.Random(1000 * task + layer).sample(range(self.arguments.experts), self.touched)
+        per_token, count = self.arguments.experts_per_token, self.arguments.experts
+        chosen = random.Random(layer).sample(range(count), count)[self.task * self.touched :]
         rows = [
             [chosen[(token * per_token + slot) % self.touched] for slot in range(per_token)]
             for token in range(len(output[1]))
@@ -239,19 +242,19 @@ def measure_steps(arguments: argparse.Namespace, touched: int, model, step, befo
     routes = Routes(arguments, touched)
     routes.attach(model)
     generator = torch.Generator().manual_seed(arguments.seed)
-    batches = torch.randint(0, 256, (arguments.steps + 2, 1, arguments.tokens), generator=generator)
-    times = []
+    tasks, times = arguments.tasks, []
+    batches = torch.randint(0, 256, (tasks + arguments.steps, 1, arguments.tokens), generator=generator)
     for number, batch in enumerate(batches):
-        # The first two warm up, with the experts of the first task.
-        routes.step = max(0, number - 2)
-        if number == 2:
+        # Each task has one step to warm up.
+        routes.task = number if number < tasks else (number - tasks) // arguments.steps_per_task % tasks
+        if number == tasks:
             moved = bytes_moved()
             if store is not None:
                 store.stats.reset()
         if before is not None:
             before()
         times.append(seconds(lambda: step(batch)))  # noqa: B023
-    times = times[2:]
+    times = times[tasks:]
     read, written = (now - then for now, then in zip(bytes_moved(), moved, strict=True))
     row = {"median s": statistics.median(times), "mean s": statistics.mean(times), "times": times}
     row |= {"MB read": read / len(times) / 1e6, "MB written": written / len(times) / 1e6}
@@ -406,17 +409,19 @@ def print_steps(rows: dict[str, dict], arguments: argparse.Namespace, touched: i
 
     table = Table(
         title=f"{arguments.layers} layers of {arguments.experts} experts, {touched} of each layer in a batch of "
-        f"{arguments.tokens} tokens, another task every {arguments.steps_per_task} of {arguments.steps} steps"
+        f"{arguments.tokens} tokens, another of {arguments.tasks} tasks every {arguments.steps_per_task} of "
+        f"{arguments.steps} steps"
     )
     table.add_column("per step")
     for column in COLUMNS:
         table.add_column(column, justify="right")
-    memory = next(iter(rows.values()))["median s"]
+    # Not of medians, which leave out the steps at which tasks change.
+    memory = next(iter(rows.values()))["mean s"]
     for name, row in rows.items():
         if "skipped" in row:
             table.add_row(name, row["skipped"])
             continue
-        row["of memory"] = row["median s"] / memory
+        row["of memory"] = row["mean s"] / memory
         formats = {"MB read": ".1f", "MB written": ".1f", "hits": ".1%", "of memory": ".2f"}
         table.add_row(name, *(format(row[key], formats.get(key, ".3f")) if key in row else "" for key in COLUMNS))
     Console(width=150).print(table)
