@@ -194,7 +194,8 @@ def load_offloaded(
         skeleton = model_class.from_config(AutoConfig.from_pretrained(name_or_path, **settings), **settings)
     Path(config.nvme_path).mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=config.nvme_path, prefix="loading-") as folder:
-        places = _device_map(skeleton, set(find_experts(skeleton)), device)
+        # A name, because accelerate hands it to safetensors, which takes no `torch.device`.
+        places = _device_map(skeleton, set(find_experts(skeleton)), str(device))
         model = model_class.from_pretrained(name_or_path, device_map=places, offload_folder=folder, **kwargs)
         store = offload_experts(model, config)
     if not filled:

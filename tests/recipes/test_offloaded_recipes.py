@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixturekit.modeling import MoreForCausalLM
 from mixturekit.trainers.language_modeling import train_language_model
@@ -103,6 +104,30 @@ def test_experts_of_an_earlier_run_are_not_taken_for_new_ones(train, trained):
     _, refused = train("other", "--nvme_path", f"{trained[0]}_experts")
     assert refused.returncode == 1
     assert "already holds the experts of a run" in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
+def test_other_mixtures_train_further(trained, tmp_path, family):
+    tokenizer = AutoTokenizer.from_pretrained(trained[0])
+    names = {"num_local_experts": 8} if family == "mixtral" else {"num_experts": 8, "moe_intermediate_size": 24}
+    config = AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_experts_per_tok=2, **names,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "source")
+    options = ["--model_name_or_path", tmp_path / "source", "--nvme_path", tmp_path / "experts", "--use_cpu", True]
+    options += ["--num_examples", 64, "--num_validation_examples", 8, "--per_device_train_batch_size", 8]
+    options += ["--max_steps", 4, "--eval_strategy", "no", "--warmup_steps", 0, "--output_dir", tmp_path / "out"]
+    options += ["--report_to", "none", "--fast_capacity", 3, "--ram_capacity", 2, "--bf16", False]
+    finished = run("train_offloaded.py", *options)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "MB were read" in finished.stdout
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    moved = {name: (after[name] != weight).any().item() for name, weight in model.state_dict().items()}
+    assert all(moved.values()), moved
 
 
 def test_failed_training_gives_the_folder_back(tmp_path):
