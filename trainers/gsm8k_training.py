@@ -135,6 +135,8 @@ def warm_start(
     trainer.train()
     trained = trainer.accelerator.unwrap_model(trainer.model)
     trained.save_pretrained(warm_start_folder(config))
+    # From where TRL loads the reference, which is not the policy before the warm start.
+    trained.config._name_or_path = str(warm_start_folder(config))
     tokenizer.save_pretrained(warm_start_folder(config))
     return trained
 
