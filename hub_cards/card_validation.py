@@ -75,11 +75,13 @@ def card_problems(card: RepoCard | str, folder: str | Path | None = None, kind: 
     content = str(card)
     try:
         parsed = (ModelCard if kind == "model" else DatasetCard)(content)
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        written = parsed.data.to_dict()
+    # The library trusts the shape of what it reads.
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
         return [f"The metadata cannot be read: {str(error).splitlines()[0]}"]
     metadata = _metadata(content)
     problems = [*_key_problems(metadata, kind), *_value_problems(metadata), *_index_problems(metadata)]
-    if _without_empty(parsed.data.to_dict()) != _without_empty(metadata):
+    if _without_empty(written) != _without_empty(metadata):
         problems.append("The metadata are others after they have been read and written once.")
     problems += [*_text_problems(parsed.text), *_table_problems(parsed.text), *_code_problems(parsed.text)]
     if folder is not None:
@@ -118,16 +120,16 @@ def _key_problems(metadata: dict, kind: str) -> Iterator[str]:
 def _value_problems(metadata: dict) -> Iterator[str]:
     licence = metadata.get("license")
     for name in licence if isinstance(licence, list) else [licence] if licence else []:
-        if name not in LICENSES:
+        if str(name) not in LICENSES:
             near = ", ".join(difflib.get_close_matches(str(name), LICENSES, 3, cutoff=0.4))
             yield f"The licence {name!r} is unknown{f'; the Hub knows {near}' if near else ''}."
     if licence == "other" and not metadata.get("license_name"):
         yield "The licence is other, so license_name and license_link have to say which."
     pipeline = metadata.get("pipeline_tag")
-    if pipeline and pipeline not in PIPELINES:
+    if pipeline and str(pipeline) not in PIPELINES:
         yield f"The pipeline_tag {pipeline!r} is unknown."
     relation = metadata.get("base_model_relation")
-    if relation and (relation not in RELATIONS or not metadata.get("base_model")):
+    if relation and (str(relation) not in RELATIONS or not metadata.get("base_model")):
         yield f"The base_model_relation {relation!r} needs a base_model and is one of {', '.join(sorted(RELATIONS))}."
     for name in ("base_model", "datasets", "source_datasets"):
         values = metadata.get(name) or []

@@ -308,12 +308,22 @@ def record_path(folder: Path, key: tuple[int, int]) -> Path:
 
 def read_manifest(folder: Path, description: dict[str, Any] | None = None) -> dict[str, Any]:
     """Reads the manifest of a folder; raises `ValueError` if it is not of experts as in `description`."""
-    manifest = json.loads((folder / MANIFEST).read_text())
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        shown = isinstance(manifest["metadata"], dict) and isinstance(manifest.get("snapshot", ""), str)
+        rows = manifest["records"]
+        shown = shown and all(len(row) == 8 and {type(number) for number in row} == {int} for row in rows)
+        if not shown or any(min(row) < 0 or row[2] > 1 for row in rows):
+            raise ValueError("it does not say which records there are")
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged: {error}.") from None
     for field, wanted in (description or {}).items():
         if manifest.get(field) != wanted:
             raise ValueError(
                 f"{folder} holds experts with {field} {manifest.get(field)!r}, not {wanted!r}: use another folder."
             )
+    if description and any(row[0] >= description["layers"] or row[1] >= description["experts"] for row in rows):
+        raise ValueError(f"{folder / MANIFEST} is damaged: it has records of experts that there are none of.")
     return manifest
 
 

@@ -78,9 +78,12 @@ def read_babi(path: str | Path) -> list[BabiQuestion]:
     facts: list[str] = []
     fact_of_line: dict[int, int] = {}
     number = 0
-    with open(path, encoding="utf-8") as file:
-        for line_number, line in enumerate(file, start=1):
+    with open(path, "rb") as file:
+        for line_number, content in enumerate(file, start=1):
+            # Shown as far as it can be read.
+            line = content.decode("utf-8", "backslashreplace")
             try:
+                content.decode("utf-8")
                 head, _, content = line.rstrip("\n").partition(" ")
                 if head not in ("1", str(number + 1)) or not content.strip():
                     raise ValueError(f"expected ID {number + 1} or 1, a space and a sentence")
@@ -93,7 +96,7 @@ def read_babi(path: str | Path) -> list[BabiQuestion]:
                     fact_of_line[number] = len(facts)
                     facts.append(content.strip())
             except ValueError as error:
-                raise ValueError(f"{path}, line {line_number}: {error}, but got {line.rstrip()!r}.") from None
+                raise ValueError(f"{path}, line {line_number}: {error}, but got {line.rstrip()!r:.200}.") from None
     if not questions:
         raise ValueError(f"{path} holds no question: expected lines of 'ID question<TAB>answer<TAB>supporting IDs'.")
     return questions

@@ -70,10 +70,11 @@ def check_checkpoint(folder: str | Path, parameters: str | None = None) -> str |
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         listed, of_model = manifest["files"], manifest["parameters"]
-        expected = {name: (facts["size"], facts["xxh3_64"]) for name, facts in listed.items()}
+        expected = {name: (int(facts["size"]), facts["xxh3_64"]) for name, facts in listed.items()}
     except FileNotFoundError:
         return f"has no {MANIFEST}: it was not written to its end"
-    except (ValueError, TypeError, KeyError, AttributeError):
+    # Whatever a damaged file makes of JSON.
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return f"has a {MANIFEST} that cannot be read"
     for name, (size, checksum) in expected.items():
         path = folder / name

@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from .number_extraction import extract_answer, gold_answer, has_marked_answer
-from .text_data import local_path
+from .text_data import check_json, local_path
 
 DATASET = "openai/gsm8k"
 INSTRUCTION = 'Solve the problem step by step. Write the final answer as a number on the last line, after "#### ".'
@@ -167,6 +167,8 @@ def _load(name: str, split: str, config: str | None) -> datasets.Dataset:
     try:
         if path is None:
             return datasets.load_dataset(name, config, split=split)
+        for file in path.glob("**/*.json*") if path.is_dir() else [path] if path.suffix.startswith(".json") else []:
+            check_json(file)
         if path.is_dir():
             return datasets.load_dataset(str(path), split=split)
         if path.suffix.lower() not in _BUILDERS:

@@ -3,9 +3,11 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 
 class RepeatableOption(argparse.Action):
@@ -39,7 +41,7 @@ def parse_recipe(
         One instance of each dataclass.
 
     Raises:
-        ValueError: If the file has a key that no dataclass has.
+        ValueError: If the file is no YAML, or has a key that no dataclass has, or a value of another type.
         FileNotFoundError: If there is no such file.
     """
     parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
@@ -55,15 +57,45 @@ def parse_recipe(
 
 
 def _read_config(path: str, parser: HfArgumentParser) -> dict:
-    with open(path, encoding="utf-8") as file:
-        values = yaml.safe_load(file) or {}
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    # Besides what YAML does not allow: text that is not UTF-8, dates that are none, and brackets without end.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a list of `option: value` lines.")
-    known = {action.dest for action in parser._actions}
-    unknown = sorted(set(values) - known)
+    actions = {action.dest: action for action in parser._actions}
+    unknown = sorted(" ".join(str(name).split()) for name in values if name not in actions)
     if unknown:
         raise ValueError(f"{path} has unknown options: {', '.join(unknown)}.")
-    return values
+    return {name: _converted(value, actions[name], path) for name, value in values.items()}
+
+
+def _converted(value: object, action: argparse.Action, path: str) -> object:
+    """A value of a file as the command line would give it, whose options are all text."""
+    try:
+        if isinstance(action.nargs, str) and action.nargs in "+*":
+            return [_convert(item, action) for item in (value if isinstance(value, list) else [value])]
+        return _convert(value, action)
+    except (TypeError, ValueError, argparse.ArgumentTypeError):
+        kind = getattr(action.type, "__name__", "value").replace("string_to_bool", "yes or no")
+        raise ValueError(f"{path}: {action.dest} is {value!r:.100}, which is no {kind}.") from None
+
+
+def _convert(value: object, action: argparse.Action) -> object:
+    of_scalars = action.type in (int, float, str, string_to_bool)
+    if value is None and action.default is None or not of_scalars and isinstance(value, list | dict):
+        return value
+    if value is None or isinstance(value, list | dict):
+        raise TypeError
+    # Not by way of text, in which a large number has no end.
+    if isinstance(value, int | float) and not isinstance(value, bool) and action.type in (int, float):
+        converted = action.type(value)
+        if converted != value and value == value:
+            raise ValueError
+        return converted
+    return value if action.type is None else action.type(str(value))
 
 
 def _config_path(arguments: list[str]) -> str | None:

@@ -15,6 +15,8 @@ _NOT_DATA = ("readme", "license", "dataset_info", "dataset_infos")
 _SPLIT_WORDS = {"train": "train", "training": "train", "test": "test"}
 _SPLIT_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _HEAD_LINES = 500
+_STRINGS_AND_STRUCTURE = re.compile(rb'"(?:\\.|[^"\\])*+"?|[\[\]{}]|null', re.DOTALL)
+_MOST_BRACKETS = 100
 
 
 def load_documents(
@@ -129,6 +131,23 @@ def local_path(name: str) -> Path | None:
     return None
 
 
+def check_json(path: str | Path) -> None:
+    """Raises `ValueError` for a file of JSON that Arrow's reader would take, and later fail on, or end the process."""
+    depth = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number} is not text in UTF-8: {error.reason}") from None
+            for match in _STRINGS_AND_STRUCTURE.finditer(line):
+                depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match[0], 0)
+                if depth > _MOST_BRACKETS:
+                    raise ValueError(f"line {number} has more than {_MOST_BRACKETS} brackets that are open")
+                if depth <= 0 and match[0] == b"null":
+                    raise ValueError(f"line {number} has null where an object is expected")
+
+
 def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
 
@@ -150,6 +169,8 @@ def _load_local(path: Path, dataset_config: str | None, split: str, cache_dir: s
     if builder == "text":
         options["sample_by"] = "line" if all(_is_wikitext_file(file) for file in files) else "document"
     try:
+        for file in files if builder == "json" else ():
+            check_json(file)
         data_files = {name: [str(file) for file in files]}
         return datasets.load_dataset(builder, data_files=data_files, split=split, cache_dir=cache_dir, **options)
     except (DatasetGenerationError, ValueError) as error:
