@@ -162,6 +162,7 @@ def initialize_offloaded(
 def load_offloaded(
     name_or_path: str | Path,
     config: ExpertStoreConfig,
+    /,
     model_class: type = AutoModelForCausalLM,
     device: str | torch.device = "cpu",
     **kwargs,
@@ -175,7 +176,7 @@ def load_offloaded(
             second copy of the experts may be needed beside it.
         model_class (`type`, *optional*, defaults to `AutoModelForCausalLM`): What loads the model.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Of the rest, and of the fast tier.
-        kwargs: Further arguments of `from_pretrained`.
+        kwargs: Further arguments of `from_pretrained`, among them a `config` for the model.
 
     Returns:
         `tuple[PreTrainedModel, ExpertStore]`: In evaluation mode, as from `from_pretrained`.
@@ -191,7 +192,8 @@ def load_offloaded(
         raise ValueError(f"{config.nvme_path} was filled from {known[0]}, or before it changed: use another folder.")
     settings = {name: kwargs[name] for name in ("trust_remote_code", "revision", "token") if name in kwargs}
     with torch.device("meta"):
-        skeleton = model_class.from_config(AutoConfig.from_pretrained(name_or_path, **settings), **settings)
+        model_config = kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **settings)
+        skeleton = model_class.from_config(model_config, **settings)
     Path(config.nvme_path).mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=config.nvme_path, prefix="loading-") as folder:
         # A name, because accelerate hands it to safetensors, which takes no `torch.device`.

@@ -130,6 +130,15 @@ def test_other_mixtures_train_further(trained, tmp_path, family):
     assert all(moved.values()), moved
 
 
+def test_more_goes_on_from_a_checkpoint_with_its_experts_on_disk(train, trained):
+    options = ["--model_name_or_path", trained[0], "--train_tokenizer", False, "--num_recurrences", 2]
+    folder, finished = train("further", *options)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    losses = [json.loads((path / "eval_results.json").read_text())["eval_loss"] for path in (trained[0], folder)]
+    assert losses[1] < losses[0]
+    assert MoreForCausalLM.from_pretrained(folder).config.num_recurrences == 2
+
+
 def test_failed_training_gives_the_folder_back(tmp_path):
     line = ["--config", str(RECIPES / "more" / "quickstart.yaml"), "--num_examples", "100", "--learning_rate", "inf"]
     line += ["--num_validation_examples", "4", "--warmup_steps", "0", "--output_dir", str(tmp_path / "out")]
