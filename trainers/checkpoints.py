@@ -55,6 +55,29 @@ def publish_checkpoint(unfinished: str | Path, folder: str | Path) -> None:
     _flush(folder.parent)
 
 
+def rotate_checkpoints(newest: str | Path, limit: int | None, best: str | Path | None = None) -> None:
+    """
+    Removes checkpoints of a run, so that at most `limit` are left: first those of later steps, which a resumed run has
+    left behind, then the oldest. Each loses its name before its files.
+
+    Args:
+        newest (`str` or `Path`): The checkpoint that was written last, which stays.
+        limit (`int`, *optional*): All stay if unset or 0.
+        best (`str` or `Path`, *optional*): Another that stays.
+    """
+    newest = Path(newest)
+    others = checkpoints_of(newest.parent)
+    later = [path for path in others if _step(path) > _step(newest)]
+    in_order = [
+        path for path in (*later, *reversed(others[len(later) :])) if path not in (newest, best and Path(best))
+    ]
+    for path in in_order[: max(0, len(others) - limit)] if limit else ():
+        removed = newest.parent / UNFINISHED / path.name
+        removed.parent.mkdir(exist_ok=True)
+        os.rename(path, removed)
+        shutil.rmtree(removed.parent)
+
+
 def check_checkpoint(folder: str | Path, parameters: str | None = None) -> str | None:
     """
     What is wrong with a checkpoint.
@@ -103,8 +126,11 @@ def checkpoints_of(folder: str | Path) -> list[Path]:
     """All that are called checkpoints in the folder of a run, whole or not, the newest first."""
     folder = Path(folder)
     found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    steps = {path: match for path in found if (match := _CHECKPOINT.fullmatch(path.name))}
-    return sorted(steps, key=lambda path: int(steps[path][1]), reverse=True)
+    return sorted((path for path in found if _CHECKPOINT.fullmatch(path.name)), key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(_CHECKPOINT.fullmatch(checkpoint.name)[1])
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from xxhash import xxh3_64_hexdigest
 
 from .agent_evaluation import PlayedEpisodes
-from .checkpoints import UNFINISHED, checkpoints_of, publish_checkpoint, seal_checkpoint
+from .checkpoints import UNFINISHED, publish_checkpoint, seal_checkpoint
 from .game_rollout import Memory
 
 if TYPE_CHECKING:
@@ -145,8 +145,7 @@ def save_checkpoint(trainer: "ContinualPpoTrainer") -> Path:
     if first:
         seal_checkpoint(partial, _parameters(trainer))
         publish_checkpoint(partial, path)
-        for old in checkpoints_of(config.output_dir)[max(1, config.save_total_limit) :]:
-            shutil.rmtree(old)
+        rotate_checkpoints(path, max(1, config.save_total_limit))
     accelerator.wait_for_everyone()
     return path
 

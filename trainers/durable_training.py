@@ -14,10 +14,17 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from xxhash import xxh3_64_hexdigest
 
-from .checkpoints import UNFINISHED, check_checkpoint, newest_checkpoint, publish_checkpoint, seal_checkpoint
+from .checkpoints import (
+    UNFINISHED,
+    check_checkpoint,
+    newest_checkpoint,
+    publish_checkpoint,
+    rotate_checkpoints,
+    seal_checkpoint,
+)
 
 _STATE = "trainer_state.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -157,7 +164,7 @@ class DurableTraining:
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(final))
         if self.args.should_save:
-            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(final, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _checkpoint_published(self, folder: Path) -> None:
         """For those who need to know when a checkpoint has its name."""

@@ -18,6 +18,7 @@ from mixturekit.trainers.checkpoints import (
     checkpoints_of,
     newest_checkpoint,
     publish_checkpoint,
+    rotate_checkpoints,
     seal_checkpoint,
 )
 from mixturekit.trainers.durable_training import DurableTraining
@@ -186,6 +187,17 @@ def test_save_total_limit_keeps_the_best_and_the_newest(tmp_path):
     assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-8", "checkpoint-2"]
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2") == trainer.state.best_model_checkpoint
+
+
+def test_rotation_removes_what_a_resumed_run_has_left_behind_and_then_the_oldest(tmp_path):
+    for step in (2, 4, 6, 8, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    rotate_checkpoints(tmp_path / "checkpoint-6", 3, best=tmp_path / "checkpoint-2")
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+    rotate_checkpoints(tmp_path / "checkpoint-6", 1, best=tmp_path / "checkpoint-2")
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-6", "checkpoint-2"]
+    rotate_checkpoints(tmp_path / "checkpoint-6", None)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-6"]
 
 
 def test_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path):
