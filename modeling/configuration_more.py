@@ -72,6 +72,14 @@ class MoreConfig(PreTrainedConfig):
     """
 
     model_type = "more"
+    # Experts stay whole: transformers' styles for them call experts with three arguments and sum a single output, and
+    # recurrent ones need the context of their sequence and also return their steps.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+    }
     keys_to_ignore_at_inference = ["past_key_values", "router_logits", "router_weights", "router_indices"]
     attribute_map = {"num_local_experts": "num_experts"}
 

@@ -297,6 +297,7 @@ class MoreForCausalLM(MorePreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MoreConfig):
         super().__init__(config)
