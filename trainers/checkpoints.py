@@ -66,12 +66,10 @@ def rotate_checkpoints(newest: str | Path, limit: int | None, best: str | Path |
         best (`str` or `Path`, *optional*): Another that stays.
     """
     newest = Path(newest)
-    others = checkpoints_of(newest.parent)
-    later = [path for path in others if _step(path) > _step(newest)]
-    in_order = [
-        path for path in (*later, *reversed(others[len(later) :])) if path not in (newest, best and Path(best))
-    ]
-    for path in in_order[: max(0, len(others) - limit)] if limit else ():
+    kept, present = {newest, best and Path(best)}, checkpoints_of(newest.parent)
+    later = [path for path in present if _step(path) > _step(newest)]
+    removable = [path for path in (*later, *reversed(present[len(later) :])) if path not in kept]
+    for path in removable[: max(0, len(present) - limit)] if limit else ():
         removed = newest.parent / UNFINISHED / path.name
         removed.parent.mkdir(exist_ok=True)
         os.rename(path, removed)

@@ -14,7 +14,7 @@ from torch import Tensor
 from xxhash import xxh3_64_hexdigest
 
 from .agent_evaluation import PlayedEpisodes
-from .checkpoints import UNFINISHED, publish_checkpoint, seal_checkpoint
+from .checkpoints import UNFINISHED, publish_checkpoint, rotate_checkpoints, seal_checkpoint
 from .game_rollout import Memory
 
 if TYPE_CHECKING:
