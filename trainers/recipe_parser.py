@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -69,13 +70,16 @@ def _read_config(path: str, parser: HfArgumentParser) -> dict:
     unknown = sorted(" ".join(str(name).split()) for name in values if name not in actions)
     if unknown:
         raise ValueError(f"{path} has unknown options: {', '.join(unknown)}.")
-    return {name: _converted(value, actions[name], path) for name, value in values.items()}
+    # The command line takes one text for what may be several, such as `report_to`.
+    hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
+    texts = {name for name, hint in hints.items() if "list[str]" in str(hint)}
+    return {name: _converted(value, actions[name], path, name in texts) for name, value in values.items()}
 
 
-def _converted(value: object, action: argparse.Action, path: str) -> object:
+def _converted(value: object, action: argparse.Action, path: str, may_be_list: bool) -> object:
     """A value of a file as the command line would give it, whose options are all text."""
     try:
-        if isinstance(action.nargs, str) and action.nargs in "+*":
+        if isinstance(action.nargs, str) and action.nargs in "+*" or may_be_list and isinstance(value, list):
             return [_convert(item, action) for item in (value if isinstance(value, list) else [value])]
         return _convert(value, action)
     except (TypeError, ValueError, argparse.ArgumentTypeError):
