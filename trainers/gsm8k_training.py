@@ -84,7 +84,13 @@ def load_policy(
     """The policy and its tokenizer, which pads on the left."""
     if arguments.model_name_or_path is None:
         torch.manual_seed(config.seed)
-        return build_small_policy(problems)
+        model, tokenizer = build_small_policy(problems)
+        with config.main_process_first(desc="saving the first policy"):
+            if config.process_index == 0:
+                model.save_pretrained(warm_start_folder(config))
+        # From where TRL loads the reference, if there is one.
+        model.config._name_or_path = str(warm_start_folder(config))
+        return model, tokenizer
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     tokenizer.padding_side = "left"
     options = {"load_in_4bit": True, "device_map": {"": config.device}} if arguments.load_in_4bit else {}
@@ -92,7 +98,7 @@ def load_policy(
 
 
 def warm_start_folder(config: PPOConfig) -> Path:
-    """Where the policy lies that the warm start of a run has left."""
+    """Where the policy of a run lies that has not seen a reward yet: built from code, or after its warm start."""
     return Path(config.output_dir, "warm_start")
 
 
@@ -135,7 +141,7 @@ def warm_start(
     trainer.train()
     trained = trainer.accelerator.unwrap_model(trainer.model)
     trained.save_pretrained(warm_start_folder(config))
-    # From where TRL loads the reference, which is not the policy before the warm start.
+    # The reference is not the policy before the warm start.
     trained.config._name_or_path = str(warm_start_folder(config))
     tokenizer.save_pretrained(warm_start_folder(config))
     return trained

@@ -18,7 +18,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (
     "--config", RECIPES / "gsm8k" / "quickstart.yaml", "--num_train_problems", 40, "--num_eval_problems", 6,
     "--warm_start_steps", 3, "--per_device_train_batch_size", 4, "--max_steps", 4, "--logging_steps", 1,
-    "--save_steps", 2, "--max_completion_length", 6, "--disable_tqdm", "true",
+    "--save_steps", 2, "--max_completion_length", 6, "--disable_tqdm", "true", "--lr_scheduler_type", "constant",
 )  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
