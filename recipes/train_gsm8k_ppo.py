@@ -50,10 +50,11 @@ def train(model_arguments, arguments, config) -> None:
     main_process = config.process_index == 0
     if main_process:
         print(memory_report(model))
-    if arguments.warm_start_steps and checkpoint:
+    if arguments.warm_start_steps:
+        if not checkpoint:
+            warm_start(model, tokenizer, problems, arguments, config)
+        # From the folder also where the policy is at hand: what its trainer has set up in it is not for the next one.
         model = load_causal_lm(str(warm_start_folder(config)), model_arguments.dtype)
-    elif arguments.warm_start_steps:
-        model = warm_start(model, tokenizer, problems, arguments, config)
     trainer = make_trainer(model, tokenizer, model_arguments, arguments, config, problems, held_out)
     judge = lambda name: evaluate(trainer.model, tokenizer, held_out, arguments, config, name)  # noqa: E731
     before = None if checkpoint else judge("eval_before")

@@ -108,11 +108,11 @@ def warm_start(
     problems: datasets.Dataset,
     arguments: GSM8KDataArguments,
     config: PPOConfig,
-) -> PreTrainedModel:
+) -> None:
     """
     Trains on the solutions of `problems`, with TRL's `SFTTrainer` and a loss on the solution alone.
 
-    Model and tokenizer are saved to the folder `warm_start` of the run, from where a resumed run loads them.
+    Model and tokenizer go to [`warm_start_folder`].
     """
     conversational = uses_chat(arguments.prompt_format, tokenizer)
     rows = with_prompts(problems, conversational)
@@ -139,12 +139,8 @@ def warm_start(
     )
     trainer = SFTTrainer(model, supervised, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    trained.save_pretrained(warm_start_folder(config))
-    # The reference is not the policy before the warm start.
-    trained.config._name_or_path = str(warm_start_folder(config))
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(warm_start_folder(config))
     tokenizer.save_pretrained(warm_start_folder(config))
-    return trained
 
 
 def reward_functions(arguments: GSM8KDataArguments) -> list:
