@@ -86,7 +86,8 @@ def load_policy(
         torch.manual_seed(config.seed)
         model, tokenizer = build_small_policy(problems)
         with config.main_process_first(desc="saving the first policy"):
-            if config.process_index == 0:
+            # A resumed run finds there what its reference is.
+            if config.process_index == 0 and not config.resume_from_checkpoint:
                 model.save_pretrained(warm_start_folder(config))
         # From where TRL loads the reference, if there is one.
         model.config._name_or_path = str(warm_start_folder(config))

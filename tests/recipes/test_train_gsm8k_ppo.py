@@ -57,7 +57,9 @@ def test_a_run_leaves_policy_critic_curves_and_completions(run, tmp_path, capsys
 def test_a_resumed_run_is_the_run_that_was_never_stopped(run, tmp_path):
     assert run("--output_dir", tmp_path / "whole") is None
     assert run("--output_dir", tmp_path / "parts", "--max_steps", 2) is None
+    reference = (tmp_path / "parts" / "warm_start" / "model.safetensors").read_bytes()
     assert run("--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "last") is None
+    assert (tmp_path / "parts" / "warm_start" / "model.safetensors").read_bytes() == reference
     for name in ("model.safetensors", "value_head.safetensors"):
         whole, parts = (load_file(tmp_path / folder / name) for folder in ("whole", "parts"))
         assert all(torch.equal(value, parts[key]) for key, value in whole.items())
