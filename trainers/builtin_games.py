@@ -7,6 +7,7 @@ minutes on one core. Their state can be saved, which ale-py's cannot.
 Shapes: envs; a frame is 84 by 84 pixels, drawn as 12 by 12 cells of 7 by 7.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ CELLS, PIXELS, STACK = 12, 7, 4
 SIDE = CELLS * PIXELS
 
 
-class BuiltinGame(VectorEnv):
+class BuiltinGame(VectorEnv, ABC):
     """
     Several copies of a game, with the last four frames as observation and SAME_STEP autoreset.
 
@@ -57,21 +58,21 @@ class BuiltinGame(VectorEnv):
         self._frames = np.zeros((num_envs, STACK, SIDE, SIDE), dtype=np.uint8)
         self._background = self.background().astype(np.uint8)
 
+    @abstractmethod
     def begin(self, rows: np.ndarray) -> dict[str, np.ndarray | int]:
         """The fields of new episodes in `rows`; the same names each time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def advance(self, right: np.ndarray, down: np.ndarray, fire: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rewards, and which episodes have ended, `(envs,)`, after moves by -1, 0 or 1 and the button."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(self, cells: np.ndarray) -> None:
         """Puts the brightness of what is there into `cells` `(envs, 12, 12)`; 0 is background."""
-        raise NotImplementedError
 
+    @abstractmethod
     def background(self) -> np.ndarray:
         """What is behind it, `(84, 84)`."""
-        raise NotImplementedError
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Begins all episodes anew; `seed` decides all that is random from now on."""
