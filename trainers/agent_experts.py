@@ -17,10 +17,10 @@ from ..modeling.expert_statistics import StoreStats
 from ..modeling.lazy_adamw import clip_grad_norm_
 from ..modeling.lazy_adamw_in_memory import InMemoryLazyAdamW
 from ..modeling.offloaded_experts import offload_experts
+from .checkpoints import EXPERTS
 from .continual_ppo_config import AgentArguments, ContinualPpoConfig
 
 Key = tuple[int, int]
-EXPERTS = "experts"
 
 
 class AgentExperts:
@@ -74,6 +74,12 @@ class AgentExperts:
             for layer, expert in self.optimizer.touched
         }
 
+    def weights(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """The weights of one expert: views, or of a store copies on the host."""
+        if self.store:
+            return self.store.read_weights(layer, expert)
+        return {name: part.detach()[expert] for name, part in self.modules[layer].named_parameters()}
+
     def add_empty_gradient(self, layer: int, expert: int) -> dict[str, Tensor]:
         """Gives an expert that has no gradient one that is 0, and returns it."""
         if self.store:
@@ -92,10 +98,16 @@ class AgentExperts:
         self.frozen |= used
 
     def step(self) -> Tensor:
-        """An update by the gradients, clipped by the norm of them all, which is returned."""
+        """
+        An update by the gradients, clipped by the norm of them all, which is returned.
+
+        Where experts have a learning rule of their own, whose scale is another one, it is the norm of the rest.
+        """
         if self.frozen.any():
             self._forget_frozen()
-        if self.store:
+        if self.config.learns_locally:
+            norm = torch.nn.utils.clip_grad_norm_(self.rest, self.config.max_grad_norm)
+        elif self.store:
             norm = clip_grad_norm_(self.rest, self.store, self.config.max_grad_norm)
         else:
             norm = torch.nn.utils.clip_grad_norm_([*self.fused, *self.rest], self.config.max_grad_norm)
@@ -144,7 +156,8 @@ class AgentExperts:
         Returns:
             `dict`: What belongs to it and is no tensor, for JSON.
         """
-        save_file({name: part.contiguous() for name, part in self._weights().items()}, folder / "agent.safetensors")
+        weights = {name: part.detach().contiguous() for name, part in self.agent.state_dict().items()}
+        save_file(weights, folder / "agent.safetensors")
         tensors, groups = {}, {}
         for name, optimizer in (("agent", self.optimizer), ("detector", self.detector_optimizer)):
             state = optimizer.state_dict()
@@ -170,9 +183,6 @@ class AgentExperts:
             optimizer.load_state_dict({"state": state, "param_groups": record["optimizer_groups"][name]})
         if self.store:
             self.store.restore(folder / EXPERTS)
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: part.detach() for name, part in self.agent.state_dict().items()}
 
     def close(self) -> None:
         """Frees the store."""

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from xxhash import xxh3_64_hexdigest
@@ -22,13 +22,18 @@ EXPERTS = "experts"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
+def parameters_digest(shapes: Iterable) -> str:
+    """What tells the parameters of a model from another's, by their shapes, with names or without, in any order."""
+    return xxh3_64_hexdigest(repr(sorted(shapes)).encode())
+
+
 def seal_checkpoint(folder: str | Path, parameters: str) -> None:
     """
     Brings all files of a checkpoint to the disk, then lists them with sizes and checksums in its manifest.
 
     Args:
         folder (`str` or `Path`): The checkpoint, complete.
-        parameters (`str`): What tells the model's parameters from another model's, for [`check_checkpoint`].
+        parameters (`str`): By [`parameters_digest`], for [`check_checkpoint`].
     """
     folder = Path(folder)
     files = {}

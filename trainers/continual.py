@@ -58,6 +58,11 @@ def train_agent(arguments: AgentArguments, games: GameArguments, config: Continu
     checkpoint = check_output_dir(config)
     model_config = load_agent_config(arguments, games.games)
     config.check_segments(games.num_envs)
+    if config.learns_locally and model_config.num_experts == 1:
+        raise ValueError(
+            f"A dense agent has no experts to learn by --expert_learning_rule {config.expert_learning_rule}: "
+            "leave it out."
+        )
     folder = Path(config.output_dir)
     if not checkpoint and config.process_index == 0 and config.overwrite_output_dir:
         # Otherwise what this run cannot finish would seem to go on from a checkpoint of the one that it replaces.

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from xxhash import xxh3_64_hexdigest
 
 from .agent_evaluation import PlayedEpisodes
-from .checkpoints import UNFINISHED, publish_checkpoint, rotate_checkpoints, seal_checkpoint
+from .checkpoints import UNFINISHED, parameters_digest, publish_checkpoint, rotate_checkpoints, seal_checkpoint
 from .game_rollout import Memory
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 STATE = "trainer_state.json"
 # A checkpoint and a run that goes on from it must agree on these.
-_FIXED = ("num_steps", "segment_len", "num_minibatches", "update_epochs", "optimizer", "seed")
+_FIXED = ("num_steps", "segment_len", "num_minibatches", "update_epochs", "optimizer", "expert_learning_rule", "seed")
 _FIXED_GAMES = ("games", "steps_per_game", "cycles", "interleaved", "preprocessing", "num_envs")
 
 
@@ -219,7 +218,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _check_same(path: Path, shared: dict, trainer: "ContinualPpoTrainer") -> None:
-    pairs = [(name, shared["config"][name], getattr(trainer.config, name)) for name in _FIXED]
+    pairs = [(name, shared["config"].get(name), getattr(trainer.config, name)) for name in _FIXED]
     pairs += [(name, shared["games"][name], getattr(trainer.games, name)) for name in _FIXED_GAMES]
     differing = [f"{name}={there} there, {here} here" for name, there, here in pairs if there != here]
     if differing:
@@ -231,6 +230,6 @@ def _write(path: Path, content: dict) -> None:
 
 
 def _parameters(trainer: "ContinualPpoTrainer") -> str:
-    shapes = sorted((name, tuple(part.shape)) for name, part in trainer.agent.state_dict().items())
     config = trainer.agent.config
-    return f"{config.model_type} {config.num_experts} {xxh3_64_hexdigest(repr(shapes).encode())}"
+    digest = parameters_digest((name, tuple(part.shape)) for name, part in trainer.agent.state_dict().items())
+    return f"{config.model_type} {config.num_experts} {digest}"

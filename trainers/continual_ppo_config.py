@@ -11,6 +11,7 @@ from .recipe_parser import RepeatableOption
 DENSE = ("active", "total")
 OPTIMIZERS = ("lazy", "dense")
 PREFETCHES = ("none", "recency", "detector")
+LEARNING_RULES = ("backpropagation", "forward_forward", "hebbian", "three_factor", "none")
 FREEZING = ("never", "after_first_game", "always")
 
 
@@ -164,6 +165,13 @@ class ContinualPpoConfig:
     optimizer: str = field(
         default="lazy", metadata={"help": "lazy updates experts that have a gradient, dense all; dense needs memory."}
     )
+    expert_learning_rule: str = field(
+        default="backpropagation",
+        metadata={
+            "help": "An experiment: how experts learn, all else by backpropagation. forward_forward, hebbian (Oja's "
+            "rule), three_factor (that one with the advantage), or none, the control."
+        },
+    )
     freeze_experts: bool = field(
         default=False, metadata={"help": "Whether experts that a game has used most are frozen after it."}
     )
@@ -199,12 +207,29 @@ class ContinualPpoConfig:
             )
         for name, allowed in (
             ("optimizer", OPTIMIZERS),
+            ("expert_learning_rule", LEARNING_RULES),
             ("freeze_router", FREEZING),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
         if self.freeze_experts and self.optimizer == "dense":
             raise ValueError("Dense Adam moves experts without a gradient: --freeze_experts needs --optimizer lazy.")
+
+        if self.learns_locally and self.optimizer == "dense":
+            raise ValueError(
+                f"--expert_learning_rule {self.expert_learning_rule} changes experts that tokens go to, and dense "
+                "Adam all of them: leave out --optimizer dense."
+            )
+        if self.learns_locally and self.replay_coef > 0:
+            raise ValueError(
+                f"Replay holds experts to what they did by backpropagation, which --expert_learning_rule "
+                f"{self.expert_learning_rule} does without: leave out one of them."
+            )
+
+    @property
+    def learns_locally(self) -> bool:
+        """Whether experts learn by another rule than backpropagation."""
+        return self.expert_learning_rule != "backpropagation"
 
     @cached_property
     def accelerator(self):
@@ -231,7 +256,8 @@ class ContinualPpoConfig:
     def to_dict(self) -> dict[str, Any]:
         """The values, and what a card calls optimizer and schedule."""
         schedule = "linear within each game" if self.anneal_lr else "constant"
-        return {**asdict(self), "optim": f"{self.optimizer} Adam", "lr_scheduler_type": schedule}
+        experts = f", experts by the rule {self.expert_learning_rule}" if self.learns_locally else ""
+        return {**asdict(self), "optim": f"{self.optimizer} Adam{experts}", "lr_scheduler_type": schedule}
 
     def check_segments(self, num_envs: int) -> None:
         """Raises `ValueError` if what is played cannot be cut into minibatches."""

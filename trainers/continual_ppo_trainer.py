@@ -25,6 +25,7 @@ from .durable_training import SignalListener
 from .expert_gradients import exchange_gradients, mean_over_processes
 from .expert_specialisation import specialisation
 from .game_rollout import GamePlayer, Segments
+from .local_learning import expert_inputs, replace_gradients
 
 # Between the seeds of two phases, and of two processes.
 _PHASE_STRIDE, _PROCESS_STRIDE = 10_007, 1_000_003
@@ -243,7 +244,10 @@ class ContinualPpoTrainer:
 
     def _minibatch(self, batch: Segments) -> dict[str, Tensor]:
         config = self.config
-        outputs = self.agent(**batch.inputs, state=batch.state, output_router_logits=True, output_router_indices=True)
+        with expert_inputs(self.experts.modules) as seen:
+            outputs = self.agent(
+                **batch.inputs, state=batch.state, output_router_logits=True, output_router_indices=True
+            )
         loss, figures = ppo_loss(outputs, batch, config)
         balancing = self.agent.balancing_loss(outputs)
         loss = loss + self.agent.config.router_aux_loss_coef * balancing
@@ -256,6 +260,9 @@ class ContinualPpoTrainer:
             loss = loss + config.ewc_coef * penalty
             figures["losses/ewc"] = penalty.detach()
         loss.backward()
+        if config.learns_locally:
+            advantages = normalised(batch.advantages)
+            replace_gradients(self.experts, config.expert_learning_rule, seen, batch, advantages, self.generator)
         exchange_gradients(self.experts)
         figures["losses/grad_norm"] = self.experts.step()
         return figures
@@ -324,10 +331,7 @@ def ppo_loss(outputs, batch: Segments, config: ContinualPpoConfig) -> tuple[Tens
     chosen = log_probs.gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1)
     log_ratio = chosen - batch.log_probs
     ratio = log_ratio.exp()
-    advantages = batch.advantages
-    if config.norm_adv:
-        mean, deviation = _moments(advantages)
-        advantages = (advantages - mean) / (deviation + 1e-8)
+    advantages = normalised(batch.advantages) if config.norm_adv else batch.advantages
     clipped = ratio.clamp(1 - config.clip_coef, 1 + config.clip_coef)
     policy_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
     value_loss = (outputs.values - batch.returns).square()
@@ -351,14 +355,15 @@ def ppo_loss(outputs, batch: Segments, config: ContinualPpoConfig) -> tuple[Tens
     return loss, figures
 
 
-def _moments(advantages: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over the minibatches of all processes."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return advantages.mean(), advantages.std()
-    sums = torch.stack([advantages.sum(), advantages.square().sum(), torch.tensor(float(advantages.numel()))])
-    torch.distributed.all_reduce(sums)
-    mean = sums[0] / sums[2]
-    return mean, ((sums[1] - sums[2] * mean.square()) / (sums[2] - 1)).clamp(min=0).sqrt()
+def normalised(advantages: Tensor) -> Tensor:
+    """Advantages of mean 0 and standard deviation 1, over the minibatches of all processes."""
+    mean, deviation = advantages.mean(), advantages.std()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sums = torch.stack([advantages.sum(), advantages.square().sum(), torch.tensor(float(advantages.numel()))])
+        torch.distributed.all_reduce(sums)
+        mean = sums[0] / sums[2]
+        deviation = ((sums[1] - sums[2] * mean.square()) / (sums[2] - 1)).clamp(min=0).sqrt()
+    return (advantages - mean) / (deviation + 1e-8)
 
 
 def most_used(usage: Tensor, share: float) -> Tensor:

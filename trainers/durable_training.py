@@ -15,12 +15,12 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
-from xxhash import xxh3_64_hexdigest
 
 from .checkpoints import (
     UNFINISHED,
     check_checkpoint,
     newest_checkpoint,
+    parameters_digest,
     publish_checkpoint,
     rotate_checkpoints,
     seal_checkpoint,
@@ -119,8 +119,7 @@ class DurableTraining:
     def _parameters(self) -> str:
         # Wrappers change the names. Under ZeRO-3 a parameter is empty and knows its shape.
         model = self.accelerator.unwrap_model(self.model)
-        shapes = sorted(tuple(getattr(value, "ds_shape", value.shape)) for value in model.parameters())
-        return xxh3_64_hexdigest(repr(shapes).encode())
+        return parameters_digest(tuple(getattr(value, "ds_shape", value.shape)) for value in model.parameters())
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)

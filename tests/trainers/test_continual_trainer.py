@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from mixturekit.modeling import TieredMoeForActorCritic
@@ -24,6 +25,7 @@ from mixturekit.trainers.continual import load_agent_config, train_agent
 from mixturekit.trainers.continual_ppo_config import AgentArguments, ContinualPpoConfig, GameArguments
 from mixturekit.trainers.continual_ppo_trainer import ContinualPpoTrainer, most_used, ppo_loss
 from mixturekit.trainers.game_rollout import GamePlayer
+from mixturekit.trainers.local_learning import expert_inputs, oja_update, replace_gradients
 
 GAMES = ["builtin:catch", "builtin:signal"]
 AGENT = {
@@ -41,6 +43,7 @@ AGENT = {
 RUN = {"num_steps": 8, "segment_len": 4, "num_minibatches": 2, "update_epochs": 2, "use_cpu": True}
 # Two updates a game.
 PLAY = {"games": GAMES, "steps_per_game": 64, "num_envs": 4, "eval_episodes": 2, "eval_max_steps": 20}
+RULES = ("forward_forward", "hebbian", "three_factor")
 
 
 def arguments(folder, agent=None, play=None, **run):
@@ -126,10 +129,11 @@ def test_truncated_episodes_are_worth_what_they_saw_last():
     assert player.memory.returns.tolist() == [0, 0] and before.returns.any()
 
 
-def test_a_store_learns_what_memory_learns(tmp_path):
+@pytest.mark.parametrize("rule", ["backpropagation", *RULES])
+def test_a_store_learns_what_memory_learns(rule, tmp_path):
     trainers = [
-        begun(build_trainer(tmp_path / "memory")),
-        begun(build_trainer(tmp_path / "store", {"nvme_path": str(tmp_path / "nvme")})),
+        begun(build_trainer(tmp_path / place, {"nvme_path": path}, expert_learning_rule=rule))
+        for place, path in (("memory", None), ("store", str(tmp_path / "nvme")))
     ]
     for _ in range(2):
         for trainer in trainers:
@@ -149,13 +153,20 @@ def test_a_store_learns_what_memory_learns(tmp_path):
     trainers[1].experts.close()
 
 
-@pytest.mark.parametrize("place", ["memory", "store"])
-@pytest.mark.parametrize("stop", [1, 3], ids=["in the first game", "in the second"])
-def test_resumed_in_the_middle_of_a_game_it_learns_what_it_would_have(place, stop, tmp_path):
+@pytest.mark.parametrize(
+    ("place", "stop", "options"),
+    [
+        ("memory", 1, {"replay_coef": 1.0}),
+        ("memory", 3, {"replay_coef": 1.0}),
+        ("store", 1, {"expert_learning_rule": "forward_forward"}),
+        ("store", 3, {"replay_coef": 1.0}),
+    ],
+)
+def test_resumed_in_the_middle_of_a_game_it_learns_what_it_would_have(place, stop, options, tmp_path):
     def agent(folder):
         return {"nvme_path": str(tmp_path / f"nvme_{folder}")} if place == "store" else {}
 
-    options = {"replay_coef": 1.0, "ewc_coef": 10.0, "freeze_router": "after_first_game"}
+    options = {"ewc_coef": 10.0, "freeze_router": "after_first_game", **options}
     whole = train_agent(*arguments(tmp_path / "whole", agent("whole"), **options))
     stopped = train_agent(*arguments(tmp_path / "parts", agent("parts"), max_updates=stop, **options))
     assert whole["finished"] and not stopped["finished"] and stopped["updates"] == stop
@@ -210,14 +221,36 @@ def test_frozen_experts_stay_as_they_are(place, tmp_path):
 
 
 def snapshot(trainer):
-    found = {}
-    for layer, module in enumerate(trainer.experts.modules):
-        for expert in range(8):
-            if trainer.experts.store:
-                found[layer, expert] = trainer.experts.store.read_weights(layer, expert)["up_proj"].clone()
-            else:
-                found[layer, expert] = module.up_proj[expert].detach().clone()
-    return found
+    keys = [(layer, expert) for layer in range(2) for expert in range(8)]
+    return {key: trainer.experts.weights(*key)["up_proj"].clone() for key in keys}
+
+
+@pytest.mark.parametrize("rule", [*RULES, "none"])
+def test_only_experts_with_tokens_change_and_by_nothing_but_the_rule(rule, tmp_path):
+    trainer = begun(build_trainer(tmp_path, expert_learning_rule=rule, update_epochs=1, num_minibatches=1))
+    experts = trainer.experts
+    segments = trainer.player.play(8, 4, 0.99, 0.95)
+    # Of one segment, whose tokens leave some experts alone.
+    batch = segments.select(torch.tensor([0]))
+    before, router = snapshot(trainer), trainer.agent.model.layers[0].mlp.gate.weight.clone()
+    with expert_inputs(experts.modules) as seen:
+        outputs = trainer.agent(**batch.inputs, state=batch.state)
+    (outputs.logits[..., :3].sum() + outputs.values.sum()).backward()
+    replace_gradients(experts, rule, seen, batch, torch.ones(1, 4), trainer.generator)
+    local = {key: {name: part.clone() for name, part in parts.items()} for key, parts in experts.gradients().items()}
+    if rule in ("hebbian", "three_factor"):
+        # With an advantage of 1 everywhere, it is Oja's rule.
+        for (layer, expert), parts in local.items():
+            tokens = seen[layer][0][(seen[layer][1] == expert).any(dim=-1)]
+            weight = experts.weights(layer, expert)["up_proj"]
+            change = oja_update(weight, tokens, F.relu(F.linear(tokens, weight)))
+            torch.testing.assert_close(parts["up_proj"], -change / len(seen[layer][0]))
+    experts.step()
+    after = snapshot(trainer)
+    routed = {(layer, expert) for layer in range(2) for expert in seen[layer][1].unique().tolist()}
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert 0 < len(routed) < len(before) and changed == (set() if rule == "none" else routed)
+    assert not torch.equal(router, trainer.agent.model.layers[0].mlp.gate.weight)
 
 
 def test_most_used_experts_are_those_of_the_first_share():
@@ -250,6 +283,10 @@ def test_episodes_are_counted_once_and_to_their_end():
         ({"run": {"num_steps": 10}}, "num_steps .10. is not a multiple of segment_len .4."),
         ({"run": {"num_minibatches": 3}}, "8 segments of 4, which 3 minibatches cannot share evenly"),
         ({"run": {"optimizer": "dense", "freeze_experts": True}}, "--freeze_experts needs --optimizer lazy"),
+        ({"run": {"optimizer": "dense", "expert_learning_rule": "hebbian"}}, "leave out --optimizer dense"),
+        ({"run": {"replay_coef": 1.0, "expert_learning_rule": "hebbian"}}, "does without: leave out one of them"),
+        ({"run": {"expert_learning_rule": "hebb"}}, "is 'hebb': choose one of backpropagation, forward_forward, "),
+        ({"agent": {"dense": "active"}, "run": {"expert_learning_rule": "hebbian"}}, "no experts to learn by"),
         ({"play": {"games": ["builtin:cathc"]}}, "did you mean builtin:catch"),
         ({"play": {"num_games": 3}}, "num_games is 3, and there are 2 games"),
         ({"play": {"interleaved": True, "num_envs": 3}}, "which 2 games cannot share evenly"),
