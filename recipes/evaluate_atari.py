@@ -5,26 +5,19 @@ accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/eval
     --model_name_or_path out --num_episodes 16 --video eval/episode.gif --output_dir eval
 """
 
-import sys
 from pathlib import Path
 
 
 def main() -> None:
     """Parses the arguments, evaluates, and says where the results are."""
     from mixturekit.trainers.recipe_parser import parse_recipe
+    from mixturekit.trainers.recipe_process import errors_in_one_sentence
 
-    try:
+    with errors_in_one_sentence():
         from mixturekit.trainers.agent_evaluation_config import AgentEvaluationArguments
 
         (arguments,) = parse_recipe((AgentEvaluationArguments,), description=__doc__)
         evaluate(arguments)
-    except ImportError as error:
-        if error.name is not None:
-            raise
-        # Without the name of a module, it is the sentence that says what to install.
-        sys.exit(str(error))
-    except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def evaluate(arguments) -> None:

@@ -4,8 +4,6 @@ accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/eval
     --model_name_or_path out --num_episodes 512 --self_sufficiency --lesion --video eval/episode.gif --output_dir eval
 """
 
-import atexit
-import sys
 from pathlib import Path
 
 
@@ -13,24 +11,15 @@ def main() -> None:
     """Parses the arguments, evaluates, and says where the results are."""
     from mixturekit.trainers.policy_evaluation_config import PolicyEvaluationArguments
     from mixturekit.trainers.recipe_parser import parse_recipe
+    from mixturekit.trainers.recipe_process import errors_in_one_sentence, leave_process_group_at_exit
 
-    try:
+    with errors_in_one_sentence(interrupted="what was finished is in the files."):
         (arguments,) = parse_recipe((PolicyEvaluationArguments,), description=__doc__)
         from accelerate import PartialState
 
         state = PartialState(cpu=arguments.use_cpu)
-        # Gloo's threads now and then abort a process that exits within its group.
-        atexit.register(state.destroy_process_group)
+        leave_process_group_at_exit()
         evaluate(arguments, state.is_main_process)
-    except ImportError as error:
-        if error.name is not None:
-            raise
-        # Without the name of a module, it is the sentence that says what to install.
-        sys.exit(str(error))
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted: what was finished is in the files.")
 
 
 def evaluate(arguments, is_main_process: bool) -> None:

@@ -4,8 +4,6 @@ accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recip
     --model_name_or_path microsoft/Phi-tiny-MoE-instruct --num_samples 8 --output_dir eval
 """
 
-import atexit
-import sys
 from pathlib import Path
 
 
@@ -13,21 +11,16 @@ def main() -> None:
     """Parses the arguments, evaluates, and says where the results are."""
     from mixturekit.trainers.gsm8k_evaluation_config import GSM8KEvaluationArguments
     from mixturekit.trainers.recipe_parser import parse_recipe
+    from mixturekit.trainers.recipe_process import errors_in_one_sentence, leave_process_group_at_exit
 
-    try:
+    rest = "what was finished is in the files, and --resume goes on from there."
+    with errors_in_one_sentence(needs="rl", interrupted=rest):
         (arguments,) = parse_recipe((GSM8KEvaluationArguments,), description=__doc__)
         from accelerate import PartialState
 
         state = PartialState(cpu=arguments.use_cpu)
-        # Gloo's threads now and then abort a process that exits within its group.
-        atexit.register(state.destroy_process_group)
+        leave_process_group_at_exit()
         evaluate(arguments, state.is_main_process)
-    except ImportError as error:
-        sys.exit(f"{str(error).rstrip('.')}. The extra mixturekit[rl] has what this recipe needs.")
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted: what was finished is in the files, and --resume goes on from there.")
 
 
 def evaluate(arguments, is_main_process: bool) -> None:

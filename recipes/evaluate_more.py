@@ -4,8 +4,6 @@ accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/eval
     --tasks babi2 babi3 arithmetic generation --num_recurrences 1 2 4 8 --output_dir eval
 """
 
-import atexit
-import sys
 from pathlib import Path
 
 
@@ -13,23 +11,19 @@ def main() -> None:
     """Parses the arguments, evaluates, and says where the results are."""
     from mixturekit.trainers.language_evaluation_config import EvaluationArguments
     from mixturekit.trainers.recipe_parser import parse_recipe
+    from mixturekit.trainers.recipe_process import errors_in_one_sentence, leave_process_group_at_exit
     from mixturekit.trainers.task_data import TaskArguments, saved_task_arguments
 
     types = (EvaluationArguments, TaskArguments)
-    try:
+    with errors_in_one_sentence(interrupted="what was finished is in the files."):
         source = parse_recipe(types, description=__doc__)[0].model_name_or_path
         # What the model was trained on is what it is asked, unless the command line says otherwise.
         arguments, task_arguments = parse_recipe(types, defaults=saved_task_arguments(source))
         from accelerate import PartialState
 
         state = PartialState(cpu=arguments.use_cpu)
-        # Gloo's threads now and then abort a process that exits within its group.
-        atexit.register(state.destroy_process_group)
+        leave_process_group_at_exit()
         evaluate(arguments, task_arguments, state.is_main_process)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted: what was finished is in the files.")
 
 
 def evaluate(arguments, task_arguments, is_main_process: bool) -> None:

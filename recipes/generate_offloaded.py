@@ -6,7 +6,6 @@ python recipes/generate_offloaded.py --model_name_or_path out --nvme_path /nvme/
 The first start copies the experts to the folder, one layer at a time; later ones find them there.
 """
 
-import sys
 import time
 from dataclasses import dataclass, field
 
@@ -34,16 +33,15 @@ def main() -> None:
     """Parses the arguments, generates, and prints the texts and what the store did."""
     from mixturekit.trainers.offload_arguments import OffloadArguments
     from mixturekit.trainers.recipe_parser import parse_recipe
+    from mixturekit.trainers.recipe_process import errors_in_one_sentence
 
-    try:
+    with errors_in_one_sentence():
         arguments, offload = parse_recipe((GenerationArguments, OffloadArguments), description=__doc__)
         if offload.nvme_path is None:
             raise ValueError("--nvme_path names the folder for the experts; without one, use transformers alone.")
         if arguments.dtype not in PRECISIONS:
             raise ValueError(f"--dtype is one of {', '.join(PRECISIONS)}, not {arguments.dtype!r}.")
         generate(arguments, offload)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def generate(arguments: GenerationArguments, offload) -> None:

@@ -15,21 +15,17 @@ def main() -> None:
     """Parses the arguments, puts the files together, validates them, and sends them."""
     from mixturekit.trainers.hub_push_config import PushArguments
     from mixturekit.trainers.recipe_parser import parse_recipe
+    from mixturekit.trainers.recipe_process import errors_in_one_sentence
 
-    try:
+    with errors_in_one_sentence(needs="rl,babyai"):
         (arguments,) = parse_recipe((PushArguments,), description=__doc__)
         from mixturekit.trainers.hub_push import PushError
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            run(arguments, Path(folder))
-    except PushError as error:
-        sys.exit(str(error))
-    except ImportError as error:
-        sys.exit(f"{str(error).rstrip('.')}. The extras mixturekit[rl] and mixturekit[babyai] have what is needed.")
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                run(arguments, Path(folder))
+        except PushError as error:
+            sys.exit(str(error))
 
 
 def run(arguments, folder: Path) -> None:

@@ -5,7 +5,6 @@ python recipes/report_continual.py --run out --output out/report.html
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 
@@ -16,13 +15,12 @@ def main() -> None:
     parser.add_argument("--output", help="the page; report.html in the folder if unset")
     arguments = parser.parse_args()
     from mixturekit.trainers.continual_report import write_continual_report
+    from mixturekit.trainers.recipe_process import errors_in_one_sentence
 
     path = Path(arguments.output or Path(arguments.run, "report.html"))
-    try:
+    with errors_in_one_sentence():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_continual_report(arguments.run, path)
-    except OSError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     print(f"Report: {path}")
 
 

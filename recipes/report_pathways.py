@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mixturekit.trainers.recipe_parser import RepeatableOption, parse_recipe
+from mixturekit.trainers.recipe_process import errors_in_one_sentence
 
 NUMBERS = "pathways.json"
 
@@ -133,16 +134,9 @@ def report(arguments: ReportArguments) -> None:
 
 def main() -> None:
     """Parse the arguments, and say in one sentence what is wrong with them."""
-    try:
+    with errors_in_one_sentence():
         (arguments,) = parse_recipe((ReportArguments,), description=__doc__)
         report(arguments)
-    except ImportError as error:
-        if error.name is not None:
-            raise
-        # Without the name of a module, it is the sentence that says what to install.
-        raise SystemExit(f"report_pathways.py: {error}") from error
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"report_pathways.py: {error}") from error
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from mixturekit.trainers.recipe_process import errors_in_one_sentence
+
 FILES = ("routes.html", "expert_load.png", "routes.csv")
 
 
@@ -90,11 +92,9 @@ def report(arguments: ReportArguments) -> None:
 
 def main() -> None:
     """Parse the arguments, and say in one sentence what is wrong with them."""
-    try:
+    with errors_in_one_sentence():
         (arguments,) = HfArgumentParser(ReportArguments).parse_args_into_dataclasses()
         report(arguments)
-    except ValueError as error:
-        raise SystemExit(f"report_routing.py: {error}") from error
 
 
 if __name__ == "__main__":

@@ -5,33 +5,21 @@ accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/trai
     --config recipes/atari/quickstart.yaml --games builtin:catch builtin:rally --output_dir out
 """
 
-import atexit
-import sys
-
 
 def main() -> None:
     """Parses the arguments, trains, and says where the results are."""
     from mixturekit.trainers.recipe_parser import parse_recipe
+    from mixturekit.trainers.recipe_process import errors_in_one_sentence, leave_process_group_at_exit
 
-    try:
+    with errors_in_one_sentence():
         from mixturekit.trainers.continual_ppo_config import AgentArguments, ContinualPpoConfig, GameArguments
 
         arguments = parse_recipe((AgentArguments, GameArguments, ContinualPpoConfig), description=__doc__)
-        from accelerate import PartialState
-
         from mixturekit.trainers.continual import train_agent
         from mixturekit.trainers.continual_results import RESULTS
 
-        # Gloo's threads now and then abort a process that exits within its group.
-        atexit.register(lambda: PartialState().destroy_process_group())
+        leave_process_group_at_exit()
         results = train_agent(*arguments)
-    except ImportError as error:
-        if error.name is not None:
-            raise
-        # Without the name of a module, it is the sentence that says what to install.
-        sys.exit(str(error))
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     config = arguments[-1]
     if config.process_index:
         return

@@ -4,8 +4,6 @@ accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recip
     --config recipes/gsm8k/phi_tiny_moe.yaml --output_dir out
 """
 
-import atexit
-import sys
 from pathlib import Path
 
 
@@ -13,20 +11,14 @@ def main() -> None:
     """Parses the arguments, trains, and says where the results are."""
     from mixturekit.trainers.gsm8k_training_config import GSM8KDataArguments, GSM8KModelArguments
     from mixturekit.trainers.recipe_parser import parse_recipe
+    from mixturekit.trainers.recipe_process import errors_in_one_sentence, leave_process_group_at_exit
 
-    try:
+    with errors_in_one_sentence(needs="rl"):
         from mixturekit.trainers.ppo_config import PPOConfig
 
         arguments = parse_recipe((GSM8KModelArguments, GSM8KDataArguments, PPOConfig), description=__doc__)
-        from accelerate import PartialState
-
-        # Gloo's threads now and then abort a process that exits within its group.
-        atexit.register(lambda: PartialState().destroy_process_group())
+        leave_process_group_at_exit()
         train(*arguments)
-    except ImportError as error:
-        sys.exit(f"{str(error).rstrip('.')}. The extra mixturekit[rl] has what this recipe needs.")
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def train(model_arguments, arguments, config) -> None:

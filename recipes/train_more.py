@@ -7,28 +7,21 @@ Experts that do not fit in memory are kept on a disk with --nvme_path; --fast_ca
 of a layer are not. Under recipes/accelerate_configs/zero3_nvme.yaml the same folder is DeepSpeed's.
 """
 
-import atexit
-import sys
-
 
 def main() -> None:
     """Parses the arguments, trains, and says where the results are."""
     from mixturekit.trainers.language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
     from mixturekit.trainers.offload_arguments import OffloadArguments
     from mixturekit.trainers.recipe_parser import parse_recipe
+    from mixturekit.trainers.recipe_process import errors_in_one_sentence, leave_process_group_at_exit
 
     types = (ModelArguments, DataArguments, LanguageModelingConfig, OffloadArguments)
-    try:
+    with errors_in_one_sentence():
         arguments = parse_recipe(types, description=__doc__)
-        from accelerate import PartialState
-
         from mixturekit.trainers.language_modeling import train_language_model
 
-        # Gloo's threads now and then abort a process that exits within its group.
-        atexit.register(lambda: PartialState().destroy_process_group())
+        leave_process_group_at_exit()
         metrics = train_language_model(*arguments)
-    except (ImportError, ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     config, offload = arguments[2:]
     if config.process_index == 0:
         print(f"Held-out perplexity {metrics['eval_perplexity']:.2f} after {metrics['steps']} steps.")

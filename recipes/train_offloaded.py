@@ -8,8 +8,6 @@ On the disk the weights of an expert have its optimizer state beside them: `pyth
 For MoRE there is train_more.py, with the same options.
 """
 
-import sys
-
 
 def main() -> None:
     """Parses the arguments, trains, and says where the results are."""
@@ -17,13 +15,12 @@ def main() -> None:
     from mixturekit.trainers.offload_arguments import OffloadArguments
     from mixturekit.trainers.offloaded_language_modeling import CheckpointArguments, train_offloaded
     from mixturekit.trainers.recipe_parser import parse_recipe
+    from mixturekit.trainers.recipe_process import errors_in_one_sentence
 
     types = (CheckpointArguments, DataArguments, LanguageModelingConfig, OffloadArguments)
-    try:
+    with errors_in_one_sentence():
         arguments = parse_recipe(types, description=__doc__)
         metrics = train_offloaded(*arguments)
-    except (ImportError, ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     print(f"Held-out loss {metrics['eval_loss']:.4f} after {metrics['steps']} steps.")
     print(
         f"{100 * metrics['store_hit_rate']:.1f} % of the experts were there when asked for; "
