@@ -4,7 +4,17 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-EXPERT_TYPES = ("base", "more_a", "more_b", "more_c", "more_d")
+EXPERT_PARAMETERS = {
+    "base": ("gate_up_proj", "down_proj"),
+    "more_a": (
+        "adapter_state", "adapter_input", "qkv_proj", "o_proj", "attention_output_norm", "mlp_output_norm",
+        "gate_up_proj", "down_proj",
+    ),
+    "more_b": ("up_proj", "down_proj", "gru_hidden", "gru_input"),
+    "more_c": ("gate_up_proj", "down_proj", "gru_hidden", "gru_input", "branch_gate"),
+    "more_d": ("gate_up_proj", "down_proj", "gru_hidden", "gru_input", "update_gate"),
+}  # fmt: skip
+EXPERT_TYPES = tuple(EXPERT_PARAMETERS)
 
 # One shape per size; the widths of the experts follow from the budget that all variants of a size share.
 PRESETS = {
@@ -72,8 +82,7 @@ class MoreConfig(PreTrainedConfig):
     """
 
     model_type = "more"
-    # Experts stay whole: transformers' styles for them call experts with three arguments and sum a single output, and
-    # recurrent ones need the context of their sequence and also return their steps.
+    # Experts stay whole: the expert-parallel plan splits their number.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -186,6 +195,15 @@ class MoreConfig(PreTrainedConfig):
             raise ValueError(
                 f"`loss_chunk_size` is {self.loss_chunk_size}; it must be 0 (all logits at once) or positive."
             )
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """How transformers splits the experts over processes, which each hold some of them whole."""
+        names = EXPERT_PARAMETERS[self.expert_type]
+        if self.expert_type == "more_a" and self.state_initialization == "learned":
+            names = (*names, "initial_state")
+        plan = {f"layers.*.mlp.experts.{name}": "grouped_gemm" for name in names}
+        return {**plan, "layers.*.mlp.experts": "ep_dispatch_experts"}
 
     @property
     def is_recurrent(self) -> bool:

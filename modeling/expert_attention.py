@@ -111,7 +111,6 @@ class ExpertAttention:
     ):
         self.routes, self.order, self.cache = routes, order, cache
         self.num_layers, self.layer_idx = num_layers, layer_idx
-        self.inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         self.keys = self.values = None
         past = 0
         if cache is not None:
@@ -187,8 +186,9 @@ class ExpertAttention:
         return tuple(states.unflatten(1, (-1, heads)) for states in stored)
 
     def _to_sequences(self, rows: torch.Tensor) -> torch.Tensor:
-        batch, seq, slots = self.routes.shape
-        states = rows.index_select(0, self.inverse).view(batch, seq, slots, *rows.shape[1:])
+        # Pairs whose expert is on another process have no row; nothing here attends to their zeros.
+        states = rows.new_zeros(self.routes.numel(), *rows.shape[1:]).index_copy(0, self.order, rows)
+        states = states.view(*self.routes.shape, *rows.shape[1:])
         return states.permute(0, 2, 3, 1, 4)  # (batch, slots, heads, seq, head_dim)
 
     @staticmethod

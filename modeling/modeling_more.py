@@ -3,7 +3,7 @@
 Shapes: batch, seq, hidden, vocab; tokens = batch * seq, slots = experts per token, experts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ class MoreModelOutputWithPast(MoeModelOutputWithPast):
         router_weights (`tuple(torch.FloatTensor)`, *optional*): Weights of the experts, `(tokens, slots)`.
         router_indices (`tuple(torch.LongTensor)`, *optional*): Experts of each token, `(tokens, slots)`.
         recurrence_steps (`tuple(torch.LongTensor)`, *optional*): Steps that they took, `(tokens, slots)`; empty for
-            experts that do not iterate.
+            experts that do not iterate, and for those that are split over processes.
     """
 
     router_weights: tuple[torch.FloatTensor, ...] | None = None
@@ -126,6 +126,24 @@ class MorePreTrainedModel(PreTrainedModel):
         "hidden_states": MoreDecoderLayer,
         "attentions": LlamaAttention,
     }
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """As in transformers; experts that attend are reached by `all_reduce`, also in training."""
+        split = mesh_manager is not None and distributed_config.enable_expert_parallel
+        if split and model.config.expert_type == "more_a":
+            implementation = distributed_config.ep_implementation
+            if implementation not in ("auto", "all_reduce"):
+                raise ValueError(
+                    f"ep_implementation={implementation!r} sends `more_a` experts tokens without the sequence that "
+                    "they attend to; use 'all_reduce', with `ep_size` equal to `tp_size`."
+                )
+            distributed_config = replace(distributed_config, ep_implementation="all_reduce")
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        for module in model.modules():
+            if isinstance(module, MoreExperts) and module._is_expert_parallel:
+                module.keep_context()
+        return model
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers, and the same files for a model that FSDP2 has sharded."""

@@ -36,7 +36,7 @@ class ExpertContext:
     noisy: bool = False
 
 
-def grouped_experts_forward(experts, hidden_states, top_k_index, top_k_weights, context):
+def grouped_experts_forward(experts, hidden_states, top_k_index, top_k_weights, context=None):
     """The fast forward of [`MoreExperts`]: one grouped matrix product for all experts of a layer."""
     return experts.apply_sorted(GroupedLinear, hidden_states, top_k_index, top_k_weights, context)
 
@@ -60,14 +60,30 @@ class MoreExperts(nn.Module):
         self.layer_idx = layer_idx
         self.num_experts = config.num_experts
         self.act_fn = ACT2FN[config.hidden_act]
+        self.context = None
+        self._is_expert_parallel = False  # transformers has this from 5.21 on, and sets it where it splits experts
+
+    def keep_context(self):
+        """Gives experts their context also where transformers, which has split them over processes, hands on three
+        arguments and sums a single result."""
+        dispatch = self.forward
+
+        def forward(hidden_states, top_k_index, top_k_weights, context):
+            self.context = context
+            try:
+                return dispatch(hidden_states, top_k_index, top_k_weights), None
+            finally:
+                self.context = None
+
+        self.forward = forward
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
-        context: ExpertContext,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        context: ExpertContext | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | torch.Tensor:
         """The plain reference, `eager`, of [`~MoreExperts.apply_sorted`]; by default the grouped one runs instead."""
         return self.apply_sorted(LoopedLinear, hidden_states, top_k_index, top_k_weights, context)
 
@@ -77,20 +93,23 @@ class MoreExperts(nn.Module):
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
-        context: ExpertContext,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        context: ExpertContext | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | torch.Tensor:
         """Sorts the tokens by expert once, transforms them, and sums each token's results by weight.
 
         Args:
             linear_class (`type`): `GroupedLinear`, or `LoopedLinear` for the plain reference.
             hidden_states (`torch.Tensor` of shape `(tokens, hidden)`): The tokens.
             top_k_index, top_k_weights (`torch.Tensor` of shape `(tokens, slots)`): Their experts, and weights.
-            context ([`ExpertContext`]): Recurrence, sequences, positions and cache.
+            context ([`ExpertContext`], *optional*):
+                Recurrence, sequences, positions and cache; unset where the experts are split over processes.
 
         Returns:
             The mixture's output `(tokens, hidden)` and the steps of each token's experts `(tokens, slots)`, `None`
-            for experts that do not iterate.
+            for experts that do not iterate. With experts split over processes the output alone.
         """
+        if self._is_expert_parallel:
+            return self._apply_own(linear_class, hidden_states, top_k_index, top_k_weights)
         slots = top_k_index.shape[-1]
         order = self.sort(top_k_index, context)
         linear = linear_class(top_k_index.flatten()[order], self.num_experts)
@@ -100,6 +119,26 @@ class MoreExperts(nn.Module):
         output = output.index_select(0, inverse).view(-1, slots, output.shape[-1])
         mixed = (output * top_k_weights.unsqueeze(-1)).sum(dim=1)
         return mixed.to(hidden_states.dtype), steps if steps is None else steps[inverse].view(-1, slots)
+
+    def _apply_own(
+        self,
+        linear_class: type[LoopedLinear],
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the experts of this process add to the output; those of others have the number `num_experts`."""
+        slots = top_k_index.shape[-1]
+        order = self.sort(top_k_index, self.context)
+        experts = top_k_index.flatten()[order]
+        # One row of others' experts, of weight zero, stays where there is no own: each parameter has its gradient.
+        kept = max(1, int((experts < self.num_experts).sum()))
+        order, experts = order[:kept], experts[:kept].clamp(max=self.num_experts - 1)
+        rows = hidden_states.index_select(0, order // slots)
+        output, _ = self.transform(rows, linear_class(experts, self.num_experts), self.context, top_k_index, order)
+        output = output * top_k_weights.flatten()[order].unsqueeze(-1)
+        mixed = output.new_zeros(hidden_states.shape).index_add(0, order // slots, output)
+        return mixed.to(hidden_states.dtype)
 
     def sort(self, top_k_index: torch.Tensor, context: ExpertContext) -> torch.Tensor:
         """Order of the token-expert pairs, `(rows,)`, by expert and then by time."""
