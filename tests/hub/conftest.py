@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hub on this machine, three runs to push, and two people: an owner, and a stranger without this package."""
+"""A Hub on this machine, a run of each system to push, and two people: an owner, and one without this package."""
 
 import importlib.util
 import json
@@ -17,22 +17,28 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 TOKEN, OTHER_TOKEN = "hf_owner", "hf_other"
 
+QUIET = ("--disable_tqdm", "true")
 RUNS = {
     "more": (
         "train_more.py", "--config", "recipes/more/quickstart.yaml", "--max_steps", 6, "--eval_steps", 3,
         "--save_steps", 3, "--logging_steps", 1, "--num_examples", 300, "--num_validation_examples", 20,
-        "--hidden_size", 32,
+        "--hidden_size", 32, *QUIET,
     ),
     "mop": (
         "train_babyai.py", "--config", "recipes/babyai/quickstart.yaml", "--algorithm", "dagger", "--mop_layers",
         "0,8;4,8", "--mop_intermediate_dim", 16, "--mop_router_dim", 4, "--mission_dim", 8, "--num_envs", 4,
         "--unroll_len", 8, "--num_updates", 6, "--logging_steps", 2, "--eval_episodes", 4, "--eval_steps", 3,
-        "--save_steps", 3,
+        "--save_steps", 3, *QUIET,
     ),
     "ppo": (
         "train_gsm8k_ppo.py", "--config", "recipes/gsm8k/quickstart.yaml", "--num_train_problems", 40,
         "--num_eval_problems", 6, "--warm_start_steps", 3, "--per_device_train_batch_size", 4, "--max_steps", 4,
-        "--logging_steps", 1, "--save_steps", 2, "--max_completion_length", 6,
+        "--logging_steps", 1, "--save_steps", 2, "--max_completion_length", 6, *QUIET,
+    ),
+    "tiered_moe": (
+        "train_atari.py", "--config", "recipes/atari/quickstart.yaml", "--games", "builtin:catch", "builtin:signal",
+        "--expert_dim", 16, "--num_experts", 8, "--hbm_capacity", 4, "--dram_capacity", 4, "--encoder_channels", 4, 8,
+        "--steps_per_game", 256, "--num_envs", 4, "--eval_episodes", 2, "--eval_max_steps", 10,
     ),
 }  # fmt: skip
 
@@ -160,7 +166,7 @@ def stranger(arrive):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, run_options):
-    """The folders of three short runs of the recipes."""
+    """The folders of short runs of the recipes."""
     folder = tmp_path_factory.mktemp("runs")
     before = Path.cwd()
     with pytest.MonkeyPatch.context() as patch:
@@ -174,7 +180,7 @@ def runs(tmp_path_factory, run_options):
 
 def train(patch, folder, script, *options):
     """Runs a recipe in this process, which has imported everything already."""
-    arguments = [str(RECIPES / script), *options, "--disable_tqdm", "true", "--output_dir", str(folder)]
+    arguments = [str(RECIPES / script), *options, "--output_dir", str(folder)]
     patch.setattr(sys, "argv", arguments)
     runpy.run_path(arguments[0], run_name="__main__")
 

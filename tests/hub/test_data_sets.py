@@ -59,7 +59,7 @@ def test_the_card_counts_what_is_there(demonstrations, stranger):
 def test_a_policy_learns_from_demonstrations_of_the_hub(demonstrations, owner, run_options, tmp_path):
     script, *options = run_options("mop")
     options[options.index("dagger")] = "bc"
-    options += ["--demonstrations", "owner/demonstrations", "--output_dir", tmp_path / "out", "--disable_tqdm", "true"]
+    options += ["--demonstrations", "owner/demonstrations", "--output_dir", tmp_path / "out"]
     owner.run_recipe(script, *options)
     assert "| demonstrations | owner/demonstrations |" in (tmp_path / "out" / "README.md").read_text()
 

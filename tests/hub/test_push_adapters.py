@@ -29,7 +29,7 @@ def adapted(owner, runs, run_options, tmp_path_factory):
     script, *options = run_options("ppo")
     options[options.index("--warm_start_steps") + 1] = "0"
     options += ["--model_name_or_path", runs["ppo"], "--use_peft", "true", "--learning_rate", "1e-2"]
-    owner.run_recipe(script, *options, "--output_dir", folder, "--disable_tqdm", "true")
+    owner.run_recipe(script, *options, "--output_dir", folder)
     return folder
 
 

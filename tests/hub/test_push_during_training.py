@@ -28,7 +28,7 @@ def pushed(request, hub, owner, run_options, tmp_path_factory):
         "--hub_always_push",
         "true",
     )
-    owner.run_recipe(script, *options, "--output_dir", folder, "--disable_tqdm", "true", *push)
+    owner.run_recipe(script, *options, "--output_dir", folder, *push)
     return request.param, hub.model(name)
 
 
