@@ -325,14 +325,7 @@ class TieredMoeForActorCritic(TieredMoePreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        frames: torch.ByteTensor,
-        previous_actions: torch.LongTensor,
-        rewards: torch.FloatTensor,
-        starts: torch.BoolTensor,
-        state: TieredMoeState | None = None,
-        environment_ids: torch.LongTensor | None = None,
-        **kwargs,
+        self, frames, previous_actions, rewards, starts, state=None, environment_ids=None, **kwargs
     ) -> TieredMoeActorCriticOutput:
         """Scores the actions and values of the steps of a sequence; arguments as of [`TieredMoeModel`]."""
         outputs = self.model(frames, previous_actions, rewards, starts, state, environment_ids, **kwargs)

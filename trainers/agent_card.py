@@ -10,7 +10,7 @@ from ..modeling import TieredMoeConfig
 from .card_figures import FOLDER, draw_curve
 from .continual_log import METRICS, read_lines
 from .publishing import CARD
-from .shared_card import card_of_run, parameter_rows, training_rows
+from .shared_card import card_of_run, episode_result, parameter_rows, policy_metadata, training_rows
 from .training_record import save_training_record, training_record
 
 CURVES = {"charts/episodic_return": "return in training", "losses/entropy": "entropy, nats"}
@@ -59,18 +59,13 @@ def card_of_agent(
         revision (`str`, *optional*): The revision to pin.
     """
     data = record["data"]
-    metadata = {
-        "pipeline_tag": "reinforcement-learning",
-        "tags": ["moe", "atari", "continual-learning", "ppo", "custom_code", "tiered_moe"],
-    }
-    if data["evaluations"]:
-        metadata |= {"metrics": ["return"], "model_name": Path(repository).resolve().name}
-        metadata["eval_results"] = [_index_entry(entry) for entry in data["evaluations"][-1]]
+    played = data["evaluations"][-1] if data["evaluations"] else []
+    tags = ["atari", "continual-learning", "ppo", "tiered_moe"]
     several = len(data["phases"]) > 1
     experts = "one feed-forward layer" if config.num_experts == 1 else f"{config.num_experts:,} experts"
     return card_of_run(
         "tiered_agent",
-        metadata,
+        policy_metadata(tags, repository, [_index_entry(entry) for entry in played]),
         record,
         folder,
         repository,
@@ -130,11 +125,5 @@ def _retention(data: dict) -> dict[str, str]:
 
 
 def _index_entry(record: dict) -> EvalResult:
-    return EvalResult(
-        task_type="reinforcement-learning",
-        dataset_type=record["game"],
-        dataset_name=record["game"],
-        metric_type="return",
-        metric_name=f"mean return of {record['episodes']} episodes",
-        metric_value=round(record["return"], 4),
-    )
+    name = f"mean return of {record['episodes']} episodes"
+    return episode_result(record["game"], "return", name, round(record["return"], 4))

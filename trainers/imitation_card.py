@@ -9,7 +9,7 @@ from transformers import TrainerState
 from ..modeling import MopConfig, MopForActionPrediction
 from .imitation_config import EnvironmentArguments, ImitationConfig
 from .metrics.answer_accuracy import wilson_interval
-from .shared_card import card_of_run, parameter_rows, percent, training_rows
+from .shared_card import card_of_run, episode_result, parameter_rows, percent, policy_metadata, training_rows
 from .training_record import training_record
 
 ALGORITHM_NAMES = {"bc": "behaviour cloning", "dagger": "DAgger"}
@@ -65,17 +65,11 @@ def card_of_policy(
     data = record["data"]
     results = [row for report in reports for row in report["results"]] or _own_results(record)
     seeds = dict.fromkeys(report["settings"]["first_seed"] for report in reports) or [data["eval_first_seed"]]
-    metadata = {
-        "pipeline_tag": "reinforcement-learning",
-        "tags": ["moe", "recurrent", "babyai", "imitation-learning", "custom_code", "mop"],
-    }
     levels = [row for row in results if row["level"] in data["env_id"] and _plays_as_it_is(row)]
-    if levels:
-        metadata |= {"metrics": ["success"], "model_name": Path(repository).resolve().name}
-        metadata["eval_results"] = [_index_entry(row) for row in levels]
+    tags = ["recurrent", "babyai", "imitation-learning", "mop"]
     return card_of_run(
         "pathway_policy",
-        metadata,
+        policy_metadata(tags, repository, [_index_entry(row) for row in levels]),
         record,
         folder,
         repository,
@@ -164,11 +158,5 @@ def _row(record: dict) -> dict[str, str]:
 
 
 def _index_entry(record: dict) -> EvalResult:
-    return EvalResult(
-        task_type="reinforcement-learning",
-        dataset_type=record["level"],
-        dataset_name=record["level"],
-        metric_type="success",
-        metric_name=f"success on {record['episodes']} held-out episodes",
-        metric_value=round(record["success"], 5),
-    )
+    name = f"success on {record['episodes']} held-out episodes"
+    return episode_result(record["level"], "success", name, round(record["success"], 5))

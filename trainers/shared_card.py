@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 
 from ..hub_cards import render_model_card
 from .card_figures import FOLDER, draw_expert_loads
@@ -102,6 +102,20 @@ def card_of_run(
         pictures=pictures,
         **facts,
     )
+
+
+def episode_result(environment: str, metric: str, name: str, value: float) -> EvalResult:
+    """What the Hub's index gets to know of episodes in an environment."""
+    return EvalResult("reinforcement-learning", environment, environment, metric, value, metric_name=name)
+
+
+def policy_metadata(tags: list[str], repository: str, results: list[EvalResult]) -> dict:
+    """The metadata of a policy that acts, and its results by [`episode_result`], if there are some."""
+    metadata = {"pipeline_tag": "reinforcement-learning", "tags": ["moe", *tags, "custom_code"]}
+    if results:
+        metadata |= {"metrics": [results[0].metric_type], "model_name": Path(repository).resolve().name}
+        metadata["eval_results"] = results
+    return metadata
 
 
 def _in_lines(command: str, width: int = 110) -> str:
