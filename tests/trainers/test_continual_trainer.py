@@ -42,7 +42,7 @@ AGENT = {
 }
 RUN = {"num_steps": 8, "segment_len": 4, "num_minibatches": 2, "update_epochs": 2, "use_cpu": True}
 # Two updates a game.
-PLAY = {"games": GAMES, "steps_per_game": 64, "num_envs": 4, "eval_episodes": 2, "eval_max_steps": 20}
+PLAY = {"games": GAMES, "steps_per_game": 64, "num_envs": 4, "eval_episodes": 2, "eval_max_steps": 8}
 RULES = ("forward_forward", "hebbian", "three_factor")
 
 
@@ -59,6 +59,13 @@ def build_trainer(folder, agent=None, play=None, **run):
     Path(config.output_dir).mkdir(exist_ok=True)
     experts = build_agent(own, load_agent_config(own, games.games), config)
     return ContinualPpoTrainer(experts, config, games, own)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of both games, and its results."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, train_agent(*arguments(folder))
 
 
 def begun(trainer):
@@ -178,7 +185,7 @@ def test_resumed_in_the_middle_of_a_game_it_learns_what_it_would_have(place, sto
     assert [line["update"] for line in lines[0]] == [line["update"] for line in lines[1]]
 
 
-def test_arms_differ_in_what_they_say(tmp_path):
+def test_arms_differ_in_what_they_say(finished, tmp_path):
     """Every arm trains, and leaves the results that a study compares."""
     arms = {
         "active": {"dense": "active"},
@@ -186,20 +193,15 @@ def test_arms_differ_in_what_they_say(tmp_path):
         "heads": {"per_game_heads": True, "per_game_norm": True},
         "content": {"routing_condition": "content", "router_balancing": "all_games"},
     }
-    for name, agent in arms.items():
-        results = train_agent(*arguments(tmp_path / name, agent))
+    found = {name: train_agent(*arguments(tmp_path / name, agent)) for name, agent in arms.items()}
+    for results in found.values():
         assert np.isfinite(results["metrics"]["average_forgetting"])
         assert len(results["evaluations"]) == 3 and len(results["specialisation"]) == 2
-    total = train_agent(*arguments(tmp_path / "moe"))["parameters"]
-    dense = json.loads((tmp_path / "active" / "continual_results.json").read_text())["parameters"]
-    assert (
-        dense["experts"] * 4 == total["experts"]
-        and dense["experts"] == total["active"] - total["total"] + total["experts"]
-    )
-    together = train_agent(*arguments(tmp_path / "together", play={"interleaved": True}))
-    assert together["phases"] == [GAMES] and together["steps"] == 128
-    dense_adam = train_agent(*arguments(tmp_path / "dense_adam", optimizer="dense"))
-    assert dense_adam["finished"]
+    total, dense = finished[1]["parameters"], found["active"]["parameters"]
+    assert dense["experts"] * 4 == total["experts"] == found["total"]["parameters"]["experts"]
+    assert dense["experts"] == total["active"] - total["total"] + total["experts"]
+    together = train_agent(*arguments(tmp_path / "together", play={"interleaved": True}, optimizer="dense"))
+    assert together["finished"] and together["phases"] == [GAMES] and together["steps"] == 128
 
 
 @pytest.mark.parametrize("place", ["memory", "store"])
@@ -260,7 +262,7 @@ def test_most_used_experts_are_those_of_the_first_share():
 
 
 def test_the_detector_names_both_games_after_learning_one_after_the_other(tmp_path):
-    trainer = build_trainer(tmp_path, play={"steps_per_game": 320})
+    trainer = build_trainer(tmp_path, play={"steps_per_game": 160})
     trainer.train()
     for game in GAMES:
         assert play_episodes(trainer.agent, game, 2, seed=5, max_steps=10).named > 0.9
@@ -302,18 +304,17 @@ def test_what_cannot_be_done_is_refused_at_once(change, message, tmp_path):
     assert not (tmp_path / "config.json").exists() and not list(tmp_path.glob("*.jsonl"))
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    train_agent(*arguments(tmp_path / "run", max_updates=1))
+def test_a_checkpoint_of_another_run_is_refused(finished):
     with pytest.raises(ValueError, match="cannot be resumed by this run: seed=1 there, 2 here"):
-        train_agent(*arguments(tmp_path / "run", resume_from_checkpoint="last", seed=2))
+        train_agent(*arguments(finished[0], resume_from_checkpoint="last", seed=2))
     with pytest.raises(FileExistsError, match="already holds a run"):
-        train_agent(*arguments(tmp_path / "run"))
+        train_agent(*arguments(finished[0]))
 
 
-def test_an_agent_goes_on_with_one_of_its_games(tmp_path):
-    train_agent(*arguments(tmp_path / "both"))
-    on = {"model_name_or_path": str(tmp_path / "both")}
-    results = train_agent(*arguments(tmp_path / "one", on, {"games": [GAMES[1]], "steps_per_game": 512}))
+def test_an_agent_goes_on_with_one_of_its_games(finished, tmp_path):
+    on = {"model_name_or_path": str(finished[0])}
+    # Until episodes of 64 steps end.
+    results = train_agent(*arguments(tmp_path / "one", on, {"games": [GAMES[1]], "steps_per_game": 256}))
     assert results["games"] == [GAMES[1]] and {point["game"] for point in results["curves"]} == {GAMES[1]}
     agent = TieredMoeForActorCritic.from_pretrained(tmp_path / "one")
     assert agent.config.games == GAMES
