@@ -35,6 +35,7 @@ SCRIPT = textwrap.dedent(
     config = ContinualPpoConfig(
         output_dir=str(folder), num_steps=8, segment_len=4, num_minibatches=1, update_epochs=3, use_cpu=True,
         optimizer="dense" if place == "dense" else "lazy",
+        expert_learning_rule="three_factor" if place == "three factors" else "backpropagation",
     )
     trainer = ContinualPpoTrainer(build_agent(own, load_agent_config(own, games.games), config), config, games, own)
     fields = ("actions", "log_probs", "values", "advantages", "returns")
@@ -77,7 +78,9 @@ def learn(folder, place, played, processes):
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("place", [pytest.param("memory", marks=SLOW), "store", pytest.param("dense", marks=SLOW)])
+@pytest.mark.parametrize(
+    "place", ["store", *(pytest.param(p, marks=SLOW) for p in ("memory", "dense", "three factors"))]
+)
 def test_two_processes_learn_what_one_learns_from_both_batches(place, tmp_path):
     one = learn(tmp_path / "one", place, tmp_path / "played.safetensors", 1)
     two = learn(tmp_path / "two", place, tmp_path / "played.safetensors", 2)
