@@ -37,7 +37,8 @@ ARMS = {
     "experts, as drawn": [*STORE, *CONDITIONED, "--expert_learning_rule", "none"],
     "dense, as many active": ["--dense", "active"],
     "dense, as many in total": ["--dense", "total"],
-    "all games at once": [*STORE, *CONDITIONED, "--interleaved", "true"],
+    # Environments that five games can share.
+    "all games at once": [*STORE, *CONDITIONED, "--interleaved", "true", "--num_envs", "20"],
 }
 COLUMNS = {
     "final": "score at the end",
