@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two gloo processes, each with tiers of its own, make the update of one with the batches of both."""
 
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -61,18 +62,24 @@ SCRIPT = textwrap.dedent(
 )
 
 
-def learn(folder, place, played, processes):
-    folder.mkdir()
-    script = folder / "learn.py"
-    script.write_text(SCRIPT)
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    run = subprocess.run(
-        [*launcher, str(script), place, str(folder), str(played)], capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return {name: part for path in folder.glob("model*.safetensors") for name, part in load_file(path).items()}
+@pytest.fixture
+def learn(monkeypatch):
+    """Learns in this process, or in several others; returns the weights."""
+
+    def learn(folder, place, played, processes):
+        folder.mkdir()
+        command = [str(folder / "learn.py"), place, str(folder), str(played)]
+        (folder / "learn.py").write_text(SCRIPT)
+        if processes == 1:
+            monkeypatch.setattr(sys, "argv", command)
+            runpy.run_path(command[0])
+        else:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            run = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=300)
+            assert run.returncode == 0, run.stderr[-3000:]
+        return {name: part for path in folder.glob("model*.safetensors") for name, part in load_file(path).items()}
+
+    return learn
 
 
 SLOW = pytest.mark.slow
@@ -81,7 +88,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "place", ["store", *(pytest.param(p, marks=SLOW) for p in ("memory", "dense", "three factors"))]
 )
-def test_two_processes_learn_what_one_learns_from_both_batches(place, tmp_path):
+def test_two_processes_learn_what_one_learns_from_both_batches(place, learn, tmp_path):
     one = learn(tmp_path / "one", place, tmp_path / "played.safetensors", 1)
     two = learn(tmp_path / "two", place, tmp_path / "played.safetensors", 2)
     assert one.keys() == two.keys()
