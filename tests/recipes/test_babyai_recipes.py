@@ -1,13 +1,8 @@
 """The recipes of BabyAI, run as a user runs them."""
 
 import json
-import os
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import yaml
 from PIL import Image
@@ -19,7 +14,6 @@ from mixturekit.trainers.recipe_parser import parse_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LEVEL = "BabyAI-GoToRedBall-v0"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
 SMALL = (
     "--config", RECIPES / "babyai" / "quickstart.yaml", "--mop_layers", "0,8;4,8", "--mop_intermediate_dim", 16,
     "--mop_router_dim", 4, "--mission_dim", 8, "--num_envs", 4, "--unroll_len", 8, "--num_updates", 6,
@@ -27,29 +21,12 @@ SMALL = (
 )  # fmt: skip
 
 
-def run(script, *options, folder, launcher=(), timeout=300):
-    command = [sys.executable, *launcher, str(RECIPES / script), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=folder, env=ENVIRONMENT)
-
-
-def run_here(monkeypatch, script, *options, folder):
-    """The same in this process, which has imported everything already. Returns what the recipe exits with."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
-    try:
-        runpy.run_path(str(RECIPES / script), run_name="__main__")
-    except SystemExit as ended:
-        return ended.code
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, run_process):
     """The folder of a run of DAgger."""
     folder = tmp_path_factory.mktemp("babyai")
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "accelerate_configs" / "cpu.yaml"))
     options = (*SMALL, "--env_id", LEVEL, "--eval_steps", 3, "--save_steps", 3)
-    whole = run("train_babyai.py", *options, folder=folder, launcher=launcher)
+    whole = run_process("train_babyai.py", *options, folder=folder, num_processes=1)
     assert whole.returncode == 0, whole.stderr[-3000:]
     assert "after 6 updates" in whole.stdout
     return folder
@@ -66,28 +43,28 @@ def test_training_leaves_a_policy_a_card_metrics_and_curves(trained):
     assert json.loads((out / "config.json").read_text())["task_names"] == [LEVEL]
 
 
-def test_a_finished_run_is_continued_or_replaced_only_when_asked(trained, monkeypatch):
-    refused = run_here(monkeypatch, "train_babyai.py", *SMALL, folder=trained)
+def test_a_finished_run_is_continued_or_replaced_only_when_asked(trained, run_here):
+    refused = run_here("train_babyai.py", *SMALL, folder=trained)
     assert refused.startswith("FileExistsError: out already holds a run")
     before = load_file(trained / "out" / "checkpoint-6" / "model.safetensors")
     steps = ("--eval_steps", 3, "--save_steps", 3, "--resume_from_checkpoint", "out/checkpoint-3")
-    assert run_here(monkeypatch, "train_babyai.py", *SMALL, *steps, folder=trained) is None
+    assert run_here("train_babyai.py", *SMALL, *steps, folder=trained) is None
     after = load_file(trained / "out" / "checkpoint-6" / "model.safetensors")
     assert all((before[name] == after[name]).all() for name in before)
 
 
-def test_an_evaluation_prints_saves_draws_and_films(trained, monkeypatch):
+def test_an_evaluation_prints_saves_draws_and_films(trained, run_here, capsys):
     options = ("--model_name_or_path", "out", "--num_episodes", 4, "--self_sufficiency", "--lesion")
     options += ("--weight_thresholds", 0, 0.4, "--video", "eval/episode.gif")
-    done = run("evaluate_babyai.py", *options, folder=trained)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert LEVEL in done.stdout and "without the largest" in done.stdout
+    assert run_here("evaluate_babyai.py", *options, folder=trained) is None
+    printed = capsys.readouterr().out
+    assert LEVEL in printed and "without the largest" in printed
     results = json.loads((trained / "eval" / "eval_results.json").read_text())["results"]
     assert [row["decoding"] for row in results] == ["greedy", "sampled", "greedy", "greedy", "greedy"]
     assert all(row["success_low"] <= row["success"] <= row["success_high"] for row in results)
     for name in ("self_sufficiency.png", "episode.gif"):
         assert Image.open(trained / "eval" / name).width > 100
-    assert "eval_results.json is there" in run_here(monkeypatch, "evaluate_babyai.py", *options, folder=trained)
+    assert "eval_results.json is there" in run_here("evaluate_babyai.py", *options, folder=trained)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +88,8 @@ def test_an_evaluation_prints_saves_draws_and_films(trained, monkeypatch):
         ),
     ],
 )
-def test_a_recipe_says_in_one_sentence_what_is_wrong(tmp_path, monkeypatch, script, options, message):
-    refused = run_here(monkeypatch, script, "--use_cpu", "--output_dir", "new", *options, folder=tmp_path)
+def test_a_recipe_says_in_one_sentence_what_is_wrong(tmp_path, run_here, script, options, message):
+    refused = run_here(script, "--use_cpu", "--output_dir", "new", *options, folder=tmp_path)
     assert message in refused and "\n" not in refused
     assert not (tmp_path / "new").exists()
 
@@ -134,17 +111,15 @@ def test_a_configuration_has_four_headings_and_known_values(path):
 
 
 @pytest.mark.slow
-def test_two_processes_play_environments_of_their_own_and_learn_one_policy(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+def test_two_processes_play_environments_of_their_own_and_learn_one_policy(tmp_path, run_process):
     options = (*SMALL, "--save_steps", 3, "--eval_steps", 3)
-    done = run("train_babyai.py", *options, folder=tmp_path, launcher=launcher)
+    done = run_process("train_babyai.py", *options, folder=tmp_path, num_processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoint = tmp_path / "out" / "checkpoint-6"
     places = [json.loads((checkpoint / f"environments_{index}.json").read_text()) for index in range(2)]
     assert places[0]["environments"]["seed"] != places[1]["environments"]["seed"]
     logged = [entry for entry in json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]]
     assert [entry["frames"] for entry in logged if "frames" in entry][-1] == 6 * 4 * 8 * 2
-    resumed = run(
-        "train_babyai.py", *options, "--resume_from_checkpoint", "out/checkpoint-3", folder=tmp_path, launcher=launcher
-    )
+    options += ("--resume_from_checkpoint", "out/checkpoint-3")
+    resumed = run_process("train_babyai.py", *options, folder=tmp_path, num_processes=2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]

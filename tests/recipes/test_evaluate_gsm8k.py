@@ -4,11 +4,12 @@
 import functools
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,6 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "evaluate_gsm8k.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
 FAST = ["--use_cpu", "--max_new_tokens", 12]
-
-
-def run(*command, timeout=300):
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env=ENVIRONMENT,
-    )
 
 
 def read_rows(path):
@@ -48,16 +38,17 @@ def problems(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(solved, problems, tmp_path_factory):
+def finished(solved, problems, tmp_path_factory, run_here):
     """What a new user's first evaluation prints, and its folder."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "eval.yaml").write_text("num_samples: 2\nmax_new_tokens: 3\nnum_problems: 6\nuse_cpu: true\n")
-    result = run(
-        RECIPE, "--config", folder / "eval.yaml", "--model_name_or_path", solved.folder, "--dataset_name", problems,
-        "--max_new_tokens", 12, "--output_dir", folder / "results",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    return folder / "results", result.stdout
+    with redirect_stdout(StringIO()) as printed:
+        code = run_here(
+            "evaluate_gsm8k.py", "--config", folder / "eval.yaml", "--model_name_or_path", solved.folder,
+            "--dataset_name", problems, "--max_new_tokens", 12, "--output_dir", folder / "results",
+        )  # fmt: skip
+    assert code is None
+    return folder / "results", printed.getvalue()
 
 
 def test_an_evaluation_prints_its_results_and_where_they_are(finished):
@@ -96,7 +87,7 @@ def test_the_files_hold_every_completion_and_every_figure(finished):
         (["--config", "{folder}/wrong.yaml"], "wrong.yaml has unknown options: model_name."),
     ],
 )
-def test_bad_input_is_one_sentence(solved, problems, tmp_path, monkeypatch, options, message):
+def test_bad_input_is_one_sentence(solved, problems, tmp_path, run_here, options, message):
     (tmp_path / "plain.jsonl").write_text('{"question": "Why?", "answer": "8"}\n')
     (tmp_path / "other.jsonl").write_text('{"question": "Why?"}\n')
     (tmp_path / "wrong.yaml").write_text("model_name: a\n")
@@ -104,10 +95,8 @@ def test_bad_input_is_one_sentence(solved, problems, tmp_path, monkeypatch, opti
     (tmp_path / "old" / "eval_results.json").write_text("{}")
     line = ["--model_name_or_path", solved.folder, "--dataset_name", problems, "--output_dir", tmp_path / "new", *FAST]
     line += [str(option).format(folder=tmp_path) for option in options]
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, line)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(RECIPE), run_name="__main__")
-    assert message.format(folder=tmp_path) in stop.value.code and "\n" not in stop.value.code
+    told = run_here("evaluate_gsm8k.py", *line)
+    assert message.format(folder=tmp_path) in told and "\n" not in told
     assert not (tmp_path / "new").exists()
     assert (tmp_path / "old" / "eval_results.json").read_text() == "{}"
 
@@ -134,7 +123,7 @@ def interrupt(command, completions, rows, sent):
 
 
 def test_a_run_that_is_interrupted_twice_ends_with_the_results_of_one_that_was_not(
-    solved, problems, tmp_path, monkeypatch
+    solved, problems, tmp_path, run_here
 ):
     options = ["--model_name_or_path", solved.folder, "--dataset_name", problems, "--num_samples", 6, *FAST]
     options += ["--batch_size", 1, "--temperature", 2.0, "--output_dir"]
@@ -147,9 +136,8 @@ def test_a_run_that_is_interrupted_twice_ends_with_the_results_of_one_that_was_n
     interrupt([*cut, "--resume"], completions, 30, signal.SIGKILL)
     second = read_rows(completions)
     assert 8 <= len(first) < 30 <= len(second) < 12 * 7 and first.items() <= second.items()
-    for arguments in ([*cut, "--resume"], [RECIPE, *options, tmp_path / "whole"]):
-        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
-        runpy.run_path(str(RECIPE), run_name="__main__")
+    for arguments in ([*cut[1:], "--resume"], [*options, tmp_path / "whole"]):
+        assert run_here("evaluate_gsm8k.py", *arguments) is None
     rows = read_rows(tmp_path / "whole" / "completions.jsonl")
     assert len(rows) == 12 * 7 and read_rows(completions) == rows and second.items() <= rows.items()
     reports = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("cut", "whole")]
@@ -157,14 +145,13 @@ def test_a_run_that_is_interrupted_twice_ends_with_the_results_of_one_that_was_n
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_problems_and_find_the_same(solved, problems, tmp_path):
+def test_two_processes_share_the_problems_and_find_the_same(solved, problems, tmp_path, run_process):
     # Twelve problems in batches of ten: the last one leaves each process one.
-    options = [RECIPE, "--model_name_or_path", solved.folder, "--dataset_name", problems, "--num_problems", 11, *FAST]
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate_configs/ddp.yaml"]
-    launcher += ["--num_processes", 2, "--main_process_port", 0, "--mixed_precision", "no"]
+    options = ["--model_name_or_path", solved.folder, "--dataset_name", problems, "--num_problems", 11, *FAST]
     rows = []
-    for name, start, batch in (("one", [], 10), ("two", launcher, 5)):
-        result = run(*start, *options, "--batch_size", batch, "--output_dir", tmp_path / name)
+    for name, num_processes, batch in (("one", None, 10), ("two", 2, 5)):
+        place = ["--batch_size", batch, "--output_dir", tmp_path / name]
+        result = run_process("evaluate_gsm8k.py", *options, *place, num_processes=num_processes)
         assert result.returncode == 0, result.stderr[-5000:]
         assert result.stdout.count("Results: ") == 1
         rows.append(read_rows(tmp_path / name / "completions.jsonl"))

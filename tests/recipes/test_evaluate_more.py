@@ -5,12 +5,13 @@ import csv
 import functools
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -21,17 +22,6 @@ from mixturekit.hub_cards import check_model_card
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "evaluate_more.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
-
-
-def run(*command, folder=ROOT, timeout=300, **environment):
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=folder,
-        env={**ENVIRONMENT, **environment},
-    )
 
 
 def read_csv(path):
@@ -50,19 +40,20 @@ def text_file(tmp_path_factory, solved):
 
 
 @pytest.fixture(scope="module")
-def finished(solved, text_file, tmp_path_factory):
+def finished(solved, text_file, tmp_path_factory, run_here):
     """What a new user's first evaluation prints, and the folder that it ran in."""
     folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(solved.folder, folder / "model")
     (folder / "eval.yaml").write_text("num_questions: 16\nnum_problems: 8\ntasks: [perplexity, babi2]\n")
-    result = run(
-        RECIPE, "--config", "eval.yaml", "--model_name_or_path", "model", "--dataset_name", text_file,
-        "--tasks", "perplexity", "babi2", "--tasks", "arithmetic", "generation", "--num_recurrences", 1, 2,
-        "--digits", 1, 2, 3, "--max_digits", 2, "--output_dir", "results", "--csv", "results/answers.csv",
-        "--update_model_card", "--use_cpu", folder=folder,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    return folder, result.stdout
+    with redirect_stdout(StringIO()) as printed:
+        code = run_here(
+            "evaluate_more.py", "--config", "eval.yaml", "--model_name_or_path", "model", "--dataset_name", text_file,
+            "--tasks", "perplexity", "babi2", "--tasks", "arithmetic", "generation", "--num_recurrences", 1, 2,
+            "--digits", 1, 2, 3, "--max_digits", 2, "--output_dir", "results", "--csv", "results/answers.csv",
+            "--update_model_card", "--use_cpu", folder=folder,
+        )  # fmt: skip
+    assert code is None
+    return folder, printed.getvalue()
 
 
 def test_an_evaluation_prints_its_results_and_where_they_are(finished):
@@ -105,7 +96,8 @@ def test_the_card_of_the_checkpoint_has_the_results(finished):
 def test_the_metrics_load_from_this_repository_in_a_fresh_process(tmp_path):
     names = ["answer_accuracy", "corpus_perplexity", "text_diversity"]
     script = f"import evaluate\nfor name in {names}: print(evaluate.load(f'trainers/metrics/{{name}}.py').name)"
-    result = run("-c", script, HF_HOME=str(tmp_path))
+    environment = {**ENVIRONMENT, "HF_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == names
 
@@ -130,7 +122,7 @@ def broken_story(folder):
         (["--update_model_card"], "FileNotFoundError: There is no model card in {model} to update."),
     ],
 )
-def test_bad_input_is_one_sentence(solved, tmp_path, monkeypatch, options, message):
+def test_bad_input_is_one_sentence(solved, tmp_path, run_here, options, message):
     names = {"folder": tmp_path, "broken": broken_story(tmp_path).name, "model": tmp_path / "model"}
     shutil.copytree(solved.folder, tmp_path / "model", ignore=shutil.ignore_patterns("README.md"))
     (tmp_path / "old").mkdir()
@@ -140,15 +132,14 @@ def test_bad_input_is_one_sentence(solved, tmp_path, monkeypatch, options, messa
     # What is given twice has the later value, except for the list of tasks.
     line = line[:2] + line[4:] if "--tasks" in options else line
     line += [option.format(**names) for option in options]
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, line)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(RECIPE), run_name="__main__")
-    assert message.format(**names) in stop.value.code and "\n" not in stop.value.code
+    told = run_here("evaluate_more.py", *line)
+    assert message.format(**names) in told and "\n" not in told
     assert not (tmp_path / "new").exists()
 
 
-def test_a_refusal_is_the_last_line_of_a_process_that_failed(solved, tmp_path):
-    result = run(RECIPE, "--model_name_or_path", solved.folder, "--tasks", "babi2", "--batch_size", 0)
+def test_a_refusal_is_the_last_line_of_a_process_that_failed(solved, run_process):
+    options = ["--model_name_or_path", solved.folder, "--tasks", "babi2", "--batch_size", 0]
+    result = run_process("evaluate_more.py", *options)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1] == "ValueError: batch_size is 0: it must be at least 1."
 
@@ -189,20 +180,16 @@ def test_an_interrupted_run_keeps_whole_rows_and_the_tasks_that_were_finished(so
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_questions_and_find_the_same(solved, text_file, tmp_path):
+def test_two_processes_share_the_questions_and_find_the_same(solved, text_file, tmp_path, run_process):
     # Nine questions in batches of eight: the last one leaves the second process without any.
     options = ["--model_name_or_path", solved.folder, "--dataset_name", text_file, "--use_cpu", "--num_questions", 9]
     options += ["--tasks", "perplexity", "babi2", "addition", "generation", "--digits", 1, 2, "--num_problems", 8]
     options += ["--temperature", 0, "--sequence_length", 32]
     rows, reports = [], []
-    for name, launcher, batch in (
-        ("one", [], 8),
-        ("two", ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate_configs/ddp.yaml",
-                 "--num_processes", 2, "--main_process_port", 0, "--mixed_precision", "no"], 4),
-    ):  # fmt: skip
+    for name, num_processes, batch in (("one", None, 8), ("two", 2, 4)):
         folder = tmp_path / name
         files = ["--output_dir", folder, "--csv", folder / "answers.csv", "--batch_size", batch]
-        result = run(*launcher, RECIPE, *options, *files)
+        result = run_process("evaluate_more.py", *options, *files, num_processes=num_processes)
         assert result.returncode == 0, result.stderr[-5000:]
         assert result.stdout.count("Results: ") == 1
         rows.append(read_csv(folder / "answers.csv"))

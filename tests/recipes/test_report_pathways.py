@@ -2,17 +2,13 @@
 """The recipe of the pathways report, run as a user runs it."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
+from functools import partial
 
-import huggingface_hub
 import pytest
 import torch
 
 from mixturekit.modeling import MopConfig, MopForActionPrediction, MoreConfig
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "report_pathways.py"
 LEVEL, OTHER = "BabyAI-GoToRedBall-v0", "BabyAI-GoToObj-v0"
 SMALL = dict(intermediate_dim=16, router_dim=4, mission_dim=8, word_dim=4)
 
@@ -46,21 +42,16 @@ def place(tmp_path_factory):
     return folder
 
 
-def run(monkeypatch, folder, *options):
-    """Runs the recipe in this process, and returns what it exits with."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sys, "argv", [RECIPE.name, "--use_cpu", *map(str, options)])
-    try:
-        runpy.run_path(str(RECIPE), run_name="__main__")
-    except SystemExit as ended:
-        return ended.code
+@pytest.fixture
+def run(place, run_here):
+    """Runs the recipe there."""
+    return partial(run_here, "report_pathways.py", "--use_cpu", folder=place)
 
 
-def test_a_report_with_everything_is_written_and_said(place, monkeypatch, capsys):
+def test_a_report_with_everything_is_written_and_said(place, run, capsys):
     options = ("--model_name_or_path", "out", "--other_seeds", "out_1", "--difficulty_runs", "red", "obj")
     options += ("--num_episodes", 2, "--weight_thresholds", 0.3, "--output", "report/page.html")
-    assert run(monkeypatch, place, *options) is None
+    assert run(*options) is None
     printed = capsys.readouterr().out
     assert f"{LEVEL}: success" in printed and "Report: report/page.html" in printed
     assert "report/pathways.json" in printed
@@ -71,16 +62,16 @@ def test_a_report_with_everything_is_written_and_said(place, monkeypatch, capsys
     assert "Missing:" not in (place / "report" / "page.html").read_text()
 
     written = (place / "report" / "page.html").read_bytes()
-    refused = run(monkeypatch, place, *options)
+    refused = run(*options)
     assert "report has a report (page.html, pathways.json): add --overwrite" in refused
     assert (place / "report" / "page.html").read_bytes() == written
-    assert run(monkeypatch, place, *options, "--first_seed", 7, "--overwrite") is None
+    assert run(*options, "--first_seed", 7, "--overwrite") is None
     assert (place / "report" / "page.html").read_bytes() != written
 
 
-def test_only_the_levels_that_are_named_are_played(place, monkeypatch):
+def test_only_the_levels_that_are_named_are_played(place, run):
     options = ("--model_name_or_path", "out", "--num_episodes", 1, "--weight_thresholds", 0.3)
-    assert run(monkeypatch, place, *options, "--env_id", OTHER, "--output", "one.html") is None
+    assert run(*options, "--env_id", OTHER, "--output", "one.html") is None
     assert list(json.loads((place / "pathways.json").read_text())["episodes"]) == [OTHER]
 
 
@@ -104,7 +95,7 @@ def test_only_the_levels_that_are_named_are_played(place, monkeypatch):
         pytest.param(("out", "--output", "page.pdf"), "its name must end in .html", id="output"),
     ],
 )
-def test_bad_input_is_named_in_one_sentence_before_any_work(place, monkeypatch, options, message):
-    refused = run(monkeypatch, place, "--output", "refused/page.html", "--model_name_or_path", *options)
+def test_bad_input_is_named_in_one_sentence_before_any_work(place, run, options, message):
+    refused = run("--output", "refused/page.html", "--model_name_or_path", *options)
     assert message in refused and "\n" not in refused
     assert not (place / "refused").exists()

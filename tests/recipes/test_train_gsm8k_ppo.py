@@ -2,14 +2,13 @@
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,19 +23,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
-    """Runs the recipe in this process, which has imported everything already; returns what it exits with."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-    def run(*options):
-        monkeypatch.setattr(sys, "argv", ["train_gsm8k_ppo.py", *map(str, (*SMALL, *options))])
-        try:
-            runpy.run_path(str(RECIPES / "train_gsm8k_ppo.py"), run_name="__main__")
-        except SystemExit as ended:
-            return ended.code
-
-    return run
+def run(run_here, tmp_path):
+    """Runs the recipe, small."""
+    return partial(run_here, "train_gsm8k_ppo.py", *SMALL, folder=tmp_path)
 
 
 def test_a_run_leaves_policy_critic_curves_and_completions(run, tmp_path, capsys):
