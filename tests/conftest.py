@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests in several folders share: a checkpoint that knows some stories and sums by heart."""
+"""What tests in several folders share: small mixtures, and a checkpoint that knows stories and sums by heart."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerState
 
 from mixturekit.modeling import MoreConfig, MoreForCausalLM
 from mixturekit.trainers.arithmetic import generate_problems
@@ -25,6 +25,22 @@ from mixturekit.trainers.tokenization import train_tokenizer
 
 # More threads than free cores make models this small hundreds of times slower.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def build_mixture():
+    """Builds a mixture of transformers by its `model_type`, with two experts for each token."""
+
+    def build(model_type, num_experts=8, **changes):
+        sizes = {
+            "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 48,
+            "num_local_experts": num_experts, "num_experts": num_experts, "num_experts_per_tok": 2,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        }  # fmt: skip
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes | changes))
+
+    return build
 
 
 @dataclass

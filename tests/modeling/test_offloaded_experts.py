@@ -5,70 +5,45 @@ import copy
 
 import pytest
 import torch
-from transformers import (
-    MixtralConfig,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    PhimoeConfig,
-    PhimoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from mixturekit.modeling import MoreConfig, MoreForCausalLM
+from mixturekit.modeling.configuration_more import EXPERT_TYPES
 from mixturekit.modeling.expert_store import ExpertStoreConfig
 from mixturekit.modeling.lazy_adamw import LazyAdamW
 from mixturekit.modeling.offloaded_experts import find_experts, offload_experts
 
 EXPERTS = 8
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-BUILDERS = {
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=48, num_local_experts=EXPERTS)),
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**SIZES, head_dim=16, moe_intermediate_size=48, num_experts=EXPERTS)
-    ),
-    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**SIZES, intermediate_size=48, num_experts=EXPERTS)),
-    "phimoe": lambda: PhimoeForCausalLM(PhimoeConfig(**SIZES, intermediate_size=48, num_local_experts=EXPERTS)),
-    **{
-        kind: lambda kind=kind: MoreForCausalLM(
-            MoreConfig.from_preset(
-                "debug", kind, num_experts=EXPERTS, num_experts_per_tok=2, vocab_size=64, num_recurrences=2
-            )
-        )
-        for kind in ("base", "more_a", "more_b", "more_c", "more_d")
-    },
-}
 # Whose tokens attend to each other within an expert, so that a layer runs at once or not at all.
 AT_ONCE = "more_a"
 
 
-def lively(name):
-    """A model in which every expert shows in the logits."""
-    model = BUILDERS[name]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
+@pytest.fixture
+def lively(build_mixture):
+    """Builds models in which every expert shows in the logits: MoRE by its kind of experts, others by their type."""
+
+    def build(name):
+        if name in EXPERT_TYPES:
+            model = MoreForCausalLM(
+                MoreConfig.from_preset(
+                    "debug", name, num_experts=EXPERTS, num_experts_per_tok=2, vocab_size=64, num_recurrences=2
+                )
+            )
+        else:
+            model = build_mixture(name, EXPERTS)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return model.eval()
+
+    return build
 
 
 def tokens(batch=2, seq=9, seed=0):
     return torch.randint(3, 64, (batch, seq), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=BUILDERS)
+@pytest.fixture(params=["mixtral", "qwen3_moe", "olmoe", "phimoe", *EXPERT_TYPES])
 def name(request):
     return request.param
 
@@ -131,7 +106,7 @@ def rounding(name):
 
 
 @torch.no_grad()
-def test_logits_are_the_same(name, offload):
+def test_logits_are_the_same(lively, name, offload):
     model = lively(name)
     expected = model(tokens()).logits
     for capacity in capacities(name):
@@ -144,7 +119,7 @@ def test_logits_are_the_same(name, offload):
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @torch.no_grad()
-def test_every_implementation_runs_on_slots(implementation, offload):
+def test_every_implementation_runs_on_slots(lively, implementation, offload):
     model = lively("mixtral")
     model.set_experts_implementation(implementation)
     expected = model(tokens()).logits
@@ -153,7 +128,7 @@ def test_every_implementation_runs_on_slots(implementation, offload):
         torch.testing.assert_close(offloaded(tokens()).logits, expected)
 
 
-def test_gradients_are_the_same(name, offload):
+def test_gradients_are_the_same(lively, name, offload):
     model = lively(name)
     routes = Routes(copy.deepcopy(model))
     routes.model(tokens(), labels=tokens()).loss.backward()
@@ -165,7 +140,7 @@ def test_gradients_are_the_same(name, offload):
 
 
 @pytest.mark.parametrize("capacity", [1, 5, 2 * EXPERTS])
-def test_layers_share_a_pool(offload, capacity):
+def test_layers_share_a_pool(lively, offload, capacity):
     model = lively("mixtral")
     routes = Routes(copy.deepcopy(model))
     routes.model(tokens(), labels=tokens()).loss.backward()
@@ -181,7 +156,7 @@ def generated(model, prompt, **kwargs):
     )
 
 
-def test_generated_tokens_are_the_same(name, offload):
+def test_generated_tokens_are_the_same(lively, name, offload):
     model = lively(name)
     prompt = tokens(1, 3) if name == AT_ONCE else tokens()
     for capacity in (6,) if name == AT_ONCE else (2, 5):
@@ -191,7 +166,7 @@ def test_generated_tokens_are_the_same(name, offload):
         assert store.stats.prefetches > 0
 
 
-def test_attending_experts_beyond_the_room_are_refused(offload):
+def test_attending_experts_beyond_the_room_are_refused(lively, offload):
     offloaded, _ = offload(lively(AT_ONCE), 1)
     with pytest.raises(ValueError, match="experts of layer 0 at once, .* has room for 1: raise fast_capacity"):
         offloaded(tokens())
@@ -219,7 +194,7 @@ class InMemoryLazyAdamW:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("capacity", [EXPERTS, 3])
-def test_training_is_the_same(offload, capacity, dtype):
+def test_training_is_the_same(lively, offload, capacity, dtype):
     model = lively("mixtral").to(dtype)
     offloaded, store = offload(model, capacity)
     routes = Routes(model)
@@ -251,7 +226,7 @@ def test_training_is_the_same(offload, capacity, dtype):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_trainer_trains_the_experts(offload, tmp_path, accumulation):
+def test_trainer_trains_the_experts(lively, offload, tmp_path, accumulation):
     model = lively("mixtral")
     offloaded, store = offload(model, 3)
     before = {(layer, expert): store.read_weights(layer, expert) for layer in range(2) for expert in range(EXPERTS)}
@@ -277,13 +252,13 @@ def test_trainer_trains_the_experts(offload, tmp_path, accumulation):
         changed = any(not torch.equal(part, store.read_weights(*key)[name]) for name, part in weights.items())
         assert changed == (store.info(*key).step > 0)
     trainer.save_model()
-    again = MixtralForCausalLM.from_pretrained(tmp_path / "run")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     torch.testing.assert_close(again(tokens()).logits, offloaded.eval()(tokens()).logits, **rounding("mixtral"))
 
 
 @pytest.mark.parametrize("capacity", [EXPERTS, 3])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_and_accumulation(offload, capacity, reentrant):
+def test_gradient_checkpointing_and_accumulation(lively, offload, capacity, reentrant):
     model = lively("mixtral").train()
     offloaded, store = offload(model, capacity)
     offloaded.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -296,7 +271,7 @@ def test_gradient_checkpointing_and_accumulation(offload, capacity, reentrant):
 
 
 @pytest.mark.parametrize("capacity", [EXPERTS, 3])
-def test_autocast_and_a_frozen_store(offload, capacity):
+def test_autocast_and_a_frozen_store(lively, offload, capacity):
     model = lively("qwen3_moe")
     offloaded, store = offload(model, capacity, training=False)
     for trained in (model, offloaded):
@@ -310,7 +285,7 @@ def test_autocast_and_a_frozen_store(offload, capacity):
     assert store.room(0) == capacity
 
 
-def test_experts_of_a_forgotten_graph_may_leave(offload):
+def test_experts_of_a_forgotten_graph_may_leave(lively, offload):
     offloaded, store = offload(lively("mixtral"), EXPERTS)
     loss = offloaded(tokens(), labels=tokens()).loss
     assert store.room(0) < EXPERTS
@@ -318,7 +293,7 @@ def test_experts_of_a_forgotten_graph_may_leave(offload):
     assert store.room(0) == EXPERTS
 
 
-def test_two_forward_passes_before_one_backward_pass(offload):
+def test_two_forward_passes_before_one_backward_pass(lively, offload):
     model = lively("mixtral")
     offloaded, store = offload(model, 5)
     routes = Routes(model)
@@ -327,7 +302,7 @@ def test_two_forward_passes_before_one_backward_pass(offload):
     assert_same_gradients(routes, offloaded, store)
 
 
-def test_second_backward_pass_is_refused(offload):
+def test_second_backward_pass_is_refused(lively, offload):
     offloaded, _ = offload(lively("mixtral"), EXPERTS)
     loss = offloaded(tokens(), labels=tokens()).loss
     loss.backward(retain_graph=True)
@@ -335,7 +310,7 @@ def test_second_backward_pass_is_refused(offload):
         loss.backward()
 
 
-def test_folder_with_experts_replaces_those_of_the_model(offload):
+def test_folder_with_experts_replaces_those_of_the_model(lively, offload):
     model = lively("mixtral")
     offloaded, store = offload(model, 3)
     store.write_weights(1, 5, {part: value.zero_() for part, value in store.read_weights(1, 5).items()})
@@ -346,11 +321,11 @@ def test_folder_with_experts_replaces_those_of_the_model(offload):
     torch.testing.assert_close(again(tokens()).logits, expected, rtol=0, atol=0)
 
 
-def test_models_that_cannot_be_offloaded_are_refused(tmp_path):
+def test_models_that_cannot_be_offloaded_are_refused(build_mixture, tmp_path):
     config = ExpertStoreConfig(str(tmp_path))
     with pytest.raises(ValueError, match="Linear has no fused experts"):
         offload_experts(torch.nn.Linear(2, 2), config)
-    model = BUILDERS["mixtral"]()
+    model = build_mixture("mixtral")
     model.model.layers[1].mlp.experts.to(torch.bfloat16)
     with pytest.raises(ValueError, match="differ in number, size or type"):
         offload_experts(model, config)

@@ -2,48 +2,17 @@
 
 import pytest
 import torch
-from transformers import (
-    MixtralConfig,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    PhimoeConfig,
-    PhimoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
-from mixturekit.modeling import MoreConfig, MoreForCausalLM
 from mixturekit.trainers.router_replay import RouterReplay, keep_routing_deterministic, sparse_mixer_weights
 
-TINY = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-}
-BUILDERS = {
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=4)),
-    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**TINY, num_experts=4)),
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**TINY, num_experts=4, moe_intermediate_size=16, head_dim=8)
-    ),
-    "phimoe": lambda: PhimoeForCausalLM(PhimoeConfig(**TINY, num_local_experts=4, router_jitter_noise=0.3)),
-    "more_c": lambda: MoreForCausalLM(
-        MoreConfig.from_preset("debug", "more_c", vocab_size=40, num_hidden_layers=2, num_experts_per_tok=2)
-    ),
-}
 TOKENS = torch.randint(3, 40, (3, 7), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=BUILDERS)
-def model(request):
+@pytest.fixture(params=["mixtral", "olmoe", "qwen3_moe", "phimoe", "more"])
+def model(request, build_mixture):
     torch.manual_seed(0)
-    built = BUILDERS[request.param]()
+    built = build_mixture(request.param, router_jitter_noise=0.3)
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if parameter.dim() > 1 and ("router" in name or "gate.weight" in name):
@@ -86,7 +55,7 @@ def test_other_choices_are_taken_and_weighed_anew(model):
     replay.record()
     natural = model(TOKENS).logits
     choices = replay.recorded(len(TOKENS))
-    others = (choices.long() + 1) % 4
+    others = (choices.long() + 1) % 8
     replay.replay(others)
     forced = model(TOKENS).logits
     assert (forced - natural).abs().max() > 1e-4
@@ -98,13 +67,13 @@ def test_other_choices_are_taken_and_weighed_anew(model):
     torch.testing.assert_close(model(TOKENS).logits, natural)
 
 
-def test_choices_hold_while_checkpointed_layers_are_computed_again():
+def test_choices_hold_while_checkpointed_layers_are_computed_again(build_mixture):
     torch.manual_seed(0)
-    model = BUILDERS["qwen3_moe"]().train()
+    model = build_mixture("qwen3_moe").train()
     replay = RouterReplay(keep_routing_deterministic(model))
     replay.record()
     model(TOKENS)
-    others = (replay.recorded(len(TOKENS)).long() + 1) % 4
+    others = (replay.recorded(len(TOKENS)).long() + 1) % 8
 
     def gradients():
         model.zero_grad()
@@ -125,13 +94,13 @@ def test_the_sparse_mixer_weighs_its_own_choice_as_phi_moe_does():
         torch.testing.assert_close(sparse_mixer_weights(logits, chosen, jitter), weights)
 
 
-def test_a_router_that_weighs_in_an_unknown_way_is_refused():
-    model = BUILDERS["mixtral"]()
+def test_a_router_that_weighs_in_an_unknown_way_is_refused(build_mixture):
+    model = build_mixture("mixtral")
     routers = keep_routing_deterministic(model)
     changed = RouterReplay([_Squared(router) for router in routers[:1]])
     changed.record()
     with pytest.raises(ValueError, match="router_replay to 'off'"):
-        changed.routers[0](torch.randn(5, 16))
+        changed.routers[0](torch.randn(5, 32))
 
 
 class _Squared(torch.nn.Module):
