@@ -55,8 +55,15 @@ def on_small_disk(tmp_path):
     return on_small_disk
 
 
-@pytest.mark.parametrize("meanwhile", ["", FILLER], ids=["by the run", "by others"])
-@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.parametrize(
+    ("script", "meanwhile"),
+    [
+        pytest.param("train_more.py", FILLER, id="train_more.py by others"),
+        pytest.param("train_babyai.py", "", id="train_babyai.py by the run"),
+        pytest.param("train_more.py", "", id="train_more.py by the run", marks=pytest.mark.slow),
+        pytest.param("train_babyai.py", FILLER, id="train_babyai.py by others", marks=pytest.mark.slow),
+    ],
+)
 def test_full_disk_ends_a_run_and_leaves_its_checkpoints(on_small_disk, script, meanwhile):
     options = (*RUNS[script], *EACH_STEP, "--output_dir", "run")
     ended, kept = on_small_disk(SIZES[script], sys.executable, RECIPES / script, *options, meanwhile=meanwhile)
