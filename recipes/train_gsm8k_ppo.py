@@ -35,7 +35,11 @@ def train(model_arguments, arguments, config) -> None:
     )
     from mixturekit.trainers.language_modeling import check_output_dir
     from mixturekit.trainers.ppo_card import CURVES
+    from mixturekit.trainers.process_checks import check_processes
+    from mixturekit.trainers.zero_offload import check_zero_offload
 
+    check_processes(config.use_cpu)
+    check_zero_offload(config, model_arguments.nvme_path)
     checkpoint = check_output_dir(config)
     problems, held_out = load_splits(arguments)
     model, tokenizer = load_policy(model_arguments, problems, config)

@@ -18,6 +18,7 @@ from .continual_ppo_config import AgentArguments, ContinualPpoConfig, GameArgume
 from .continual_ppo_trainer import ContinualPpoTrainer
 from .continual_results import RESULTS, continual_results, write_results
 from .language_modeling import check_output_dir
+from .process_checks import check_processes
 
 # What is no field of the agent's configuration.
 _NOT_OF_MODEL = {"model_name_or_path", "dense", "nvme_path", "eviction_policy", "prefetch", "prefetch_next_layer"}
@@ -55,6 +56,7 @@ def train_agent(arguments: AgentArguments, games: GameArguments, config: Continu
     Returns:
         `dict`: What `continual_results.json` has; `finished` says whether all games were learned.
     """
+    check_processes(config.use_cpu)
     checkpoint = check_output_dir(config)
     model_config = load_agent_config(arguments, games.games)
     config.check_segments(games.num_envs)

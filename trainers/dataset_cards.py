@@ -1,6 +1,5 @@
 """Demonstrations and completions as data sets of the Hub: Parquet files, and cards with what is in them."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,27 +9,13 @@ from huggingface_hub import DatasetCard
 
 from ..hub_cards import render_dataset_card
 from ..hub_cards.published_files import shareable
+from .gsm8k_completions import COLUMNS, read_completions, read_report
 from .gsm8k_evaluation_config import COMPLETIONS, RESULTS
 from .ppo_card import record_rows
 from .shared_card import on_hub
 
 _SHARD_BYTES = 400_000_000
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
-_COLUMNS = {
-    "problem": ("int64", "number of the problem in its split"),
-    "decoding": ("string", "greedy or sampled"),
-    "sample": ("int64", "number of the solution to the problem"),
-    "question": ("string", "the problem"),
-    "completion": ("string", "the solution"),
-    "answer": ("string", "the number that is right"),
-    "extracted": ("string", "the number that was read from the solution, if there is one"),
-    "exact": ("bool", "whether these are equal"),
-    "strict_match": ("bool", "whether lm-eval's filter of that name takes it for right"),
-    "flexible_extract": ("bool", "whether lm-eval's filter of that name takes it for right"),
-    "marked": ("bool", "whether the solution marks its answer"),
-    "tokens": ("int64", "length of the solution"),
-    "finished": ("bool", "whether it came to its end"),
-}
 _SETTINGS = ("prompt_format", "num_shots", "temperature", "top_p", "max_new_tokens", "seed", "dtype")
 
 
@@ -96,11 +81,11 @@ def load_completions(folder: str | Path) -> tuple[datasets.Dataset, dict]:
     for name in (COMPLETIONS, RESULTS):
         if not Path(folder, name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: evaluate_gsm8k.py writes it.")
-    rows = [json.loads(line) for line in Path(folder, COMPLETIONS).read_text("utf-8").splitlines()]
+    rows = list(read_completions(Path(folder, COMPLETIONS)))
     rows.sort(key=lambda row: (row["decoding"], row["problem"], row["sample"]))
-    features = datasets.Features({name: datasets.Value(kind) for name, (kind, _) in _COLUMNS.items()})
-    columns = {name: [row[name] for row in rows] for name in _COLUMNS}
-    report = json.loads(Path(folder, RESULTS).read_text("utf-8"))
+    features = datasets.Features({name: datasets.Value(kind) for name, (kind, _) in COLUMNS.items()})
+    columns = {name: [row[name] for row in rows] for name in COLUMNS}
+    report = read_report(Path(folder, RESULTS))
     return datasets.Dataset.from_dict(columns, features), shareable(report)
 
 
@@ -149,7 +134,7 @@ def completions_card(
         model=shown["model"],
         source=source if from_hub else "generated word problems" if source == "generated" else Path(source).name,
         results=record_rows(report),
-        columns=[{"name": name, "type": kind, "meaning": what} for name, (kind, what) in _COLUMNS.items()],
+        columns=[{"name": name, "type": kind, "meaning": what} for name, (kind, what) in COLUMNS.items()],
         settings=shown,
         licence=licence if metadata["license"] == "mit" else "Apache-2.0.",
     )

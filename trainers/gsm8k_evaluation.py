@@ -28,11 +28,13 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from .expert_adapters import load_causal_lm
 from .gsm8k import load_gsm8k, make_prompt, prompt_text, uses_chat
+from .gsm8k_completions import read_completions, read_report
 from .gsm8k_evaluation_config import COMPLETIONS, RESULTS, GSM8KEvaluationArguments
 from .metrics.answer_accuracy import wilson_interval
 from .number_extraction import extract_answer, gold_answer, has_marked_answer
 from .text_data import local_path
 from .tokenization import encode_answers, encode_prompts, load_tokenizer
+from .training_record import size_of
 from .whole_files import write_whole, write_whole_text
 
 # Our own, and the two filters of lm-eval's task `gsm8k` (version 3).
@@ -197,7 +199,9 @@ class GSM8KEvaluation:
             if all(key in self.rows for key in batch):
                 continue
             with self.state.split_between_processes(batch) as mine:
-                rows = gather_object(self._solve(mine, number))
+                # Of the last batch, some process may have nothing, but weights that the others need.
+                rows = self._solve(mine or batch[:1], number)
+                rows = gather_object(rows if mine else [])
             self.rows |= {(row["decoding"], row["sample"], row["problem"]): row for row in rows}
             if self.state.is_main_process:
                 self._write_rows(rows, "a")
@@ -208,9 +212,6 @@ class GSM8KEvaluation:
 
     @torch.no_grad()
     def _solve(self, keys: Sequence[tuple[str, int, int]], number: int) -> list[dict]:
-        if not keys:
-            # Of the last batch, the last of several processes may get nothing.
-            return []
         options = self.arguments
         prompts = [torch.tensor(self.prompts[problem]) for _, _, problem in keys]
         pad = self.tokenizer.pad_token_id
@@ -259,7 +260,7 @@ class GSM8KEvaluation:
         results, completions = self.folder / RESULTS, self.folder / COMPLETIONS
         if not results.is_file() or not completions.is_file():
             raise FileNotFoundError(f"There is no run in {self.folder} to resume.")
-        before = json.loads(results.read_text("utf-8"))["settings"]
+        before = read_report(results)["settings"]
         now = json.loads(json.dumps(self.arguments.settings()))
         for name, value in now.items():
             if before.get(name) != value:
@@ -267,9 +268,8 @@ class GSM8KEvaluation:
                     f"{name} is {value}, but the run in {self.folder} had {before.get(name)}: a run can be resumed "
                     "with the same settings only."
                 )
-        # A killed process, or a full disk, may leave a part of a batch, and of a line.
-        lines = [line for line in completions.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        rows = {(row["decoding"], row["sample"], row["problem"]): row for row in map(json.loads, lines)}
+        # A killed process, or a full disk, may leave a part of a batch.
+        rows = {(row["decoding"], row["sample"], row["problem"]): row for row in read_completions(completions)}
         for batch in [*self._batches("greedy"), *self._batches("sampled")]:
             if all(key in rows for key in batch):
                 self.rows |= {key: rows[key] for key in batch}
@@ -290,7 +290,8 @@ class GSM8KEvaluation:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
         return {
             "model": self.arguments.model_name_or_path,
-            "parameters": self.model.num_parameters(),
+            # Of weights in 4 bits the one knows how many they are, of those that ZeRO-3 has split the other.
+            "parameters": max(self.model.num_parameters(), sum(map(size_of, self.model.parameters()))),
             "problems": len(self.problems),
             "settings": self.arguments.settings(),
             "hardware": f"{self.state.num_processes} x {name}, {torch.get_num_threads()} threads",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from accelerate.state import AcceleratorState
 from transformers import PhimoeConfig, PhimoeForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -28,6 +29,7 @@ from .ppo_config import PPOConfig
 from .ppo_trainer import PPOTrainer
 from .tokenization import load_tokenizer, train_tokenizer
 from .word_problems import generate_word_problems
+from .zero_offload import prepare_for_zero3
 
 
 class DurableGRPOTrainer(DurableTraining, GRPOTrainer):
@@ -133,15 +135,21 @@ def warm_start(
         report_to=[],
         seed=config.seed,
         use_cpu=config.use_cpu,
+        ddp_backend=config.ddp_backend,
         bf16=config.bf16,
         gradient_checkpointing=config.gradient_checkpointing,
         disable_tqdm=config.disable_tqdm,
         router_aux_loss_coef=0.0,
     )
     trainer = SFTTrainer(model, supervised, train_dataset=rows, processing_class=tokenizer)
+    if trainer.is_deepspeed_enabled:
+        prepare_for_zero3(trainer.model, trainer.accelerator.state.deepspeed_plugin)
     trainer.train()
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(warm_start_folder(config))
-    tokenizer.save_pretrained(warm_start_folder(config))
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_deepspeed_enabled:
+        # accelerate refuses DeepSpeed to a second trainer; transformers resets it in the same way.
+        AcceleratorState._reset_state()
 
 
 def reward_functions(arguments: GSM8KDataArguments) -> list:

@@ -19,6 +19,9 @@ class GSM8KModelArguments:
     value_head: str | None = field(
         default=None, metadata={"help": "Folder of an earlier run whose value head to begin with."}
     )
+    nvme_path: str | None = field(
+        default=None, metadata={"help": "Folder on a disk for what DeepSpeed offloads there."}
+    )
     dtype: str = field(default="auto", metadata={"help": "Type of the weights: auto, float32, bfloat16 or float16."})
     load_in_4bit: bool = field(
         default=False, metadata={"help": "Whether to bring linear layers and experts to 4 bits."}

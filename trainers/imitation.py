@@ -14,6 +14,7 @@ from .babyai_demonstrations import DemonstrationStreams, generate_demonstrations
 from .imitation_config import EnvironmentArguments, ImitationConfig, PolicyArguments
 from .imitation_trainer import ImitationTrainer
 from .language_modeling import check_output_dir
+from .process_checks import check_processes
 from .unroll_sources import DaggerSource, DemonstrationSource, UnrollSource
 
 # A checkpoint and a resumed or continued run must agree on these.
@@ -122,6 +123,7 @@ def train_policy(
     Returns:
         The metrics of the last evaluation, `eval_success` and others.
     """
+    check_processes(config.use_cpu)
     checkpoint = check_output_dir(config)
     check_levels(environment_arguments.env_id)
     policy_config = load_policy_config(policy_arguments, environment_arguments.env_id)

@@ -14,6 +14,7 @@ from .checkpoints import check_checkpoint, checkpoints_of, newest_checkpoint
 from .language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
 from .language_modeling_trainer import LanguageModelingTrainer
 from .offload_arguments import OffloadArguments
+from .process_checks import check_processes
 from .task_data import GENERATED, mix_examples, parse_task_weights, save_task_arguments
 from .text_data import load_train_and_validation
 from .token_datasets import AnswerDataset, PackedTokens
@@ -218,6 +219,7 @@ def train_language_model(
     Returns:
         The metrics of the last evaluation: `eval_loss`, `eval_perplexity` and the evaluation's speed.
     """
+    check_processes(config.use_cpu)
     offloaded = offload is not None and offload.nvme_path is not None
     # With parameters on a disk by DeepSpeed the folder is for these.
     offloaded = not check_zero_offload(config, offload.nvme_path if offloaded else None) and offloaded

@@ -11,6 +11,7 @@ from .language_modeling import check_output_dir, load_data
 from .language_modeling_config import DataArguments, LanguageModelingConfig
 from .offload_arguments import OffloadArguments
 from .offloaded_trainer import OffloadedTrainer
+from .process_checks import check_processes
 from .token_datasets import pad_blocks
 
 PRECISIONS = ("float32", "bfloat16")
@@ -46,6 +47,7 @@ def train_offloaded(
     """
     if offload.nvme_path is None:
         raise ValueError("--nvme_path names the folder for the experts; without one, use transformers' Trainer.")
+    check_processes(config.use_cpu)
     if config.world_size > 1:
         raise ValueError(f"A store has one user at a time: train in one process, not in {config.world_size}.")
     if arguments.dtype not in PRECISIONS:

@@ -30,6 +30,7 @@ from .ppo_card import CURVES, card_of_ppo_policy, ppo_record
 from .ppo_config import PPOConfig
 from .publishing import PublishingCallback, write_card
 from .router_replay import RouterReplay, keep_routing_deterministic
+from .zero_offload import prepare_for_zero3
 
 # After so many rollouts in which all rewards were the same, somebody should know.
 SILENT_ROLLOUTS = 10
@@ -77,6 +78,8 @@ class PPOTrainer(DurableTraining, GRPOTrainer):
         if config.model_type == "phimoe":
             # Its balancing loss asks for the name that all other mixtures have.
             config.num_experts = config.num_local_experts
+        if self.is_deepspeed_enabled:
+            prepare_for_zero3(policy, self.accelerator.state.deepspeed_plugin)
         add_value_head(policy, backbone_gradient=self.args.value_backbone_gradient)
         if self.ref_model is not None:
             add_value_head(self._unwrapped(self.ref_model), with_critic=False)

@@ -28,16 +28,11 @@ def check_zero_offload(config: TrainingArguments, nvme_path: str | None) -> bool
         Whether parameters or the optimizer are to be on a disk.
 
     Raises:
-        ValueError: If accelerate would not use DeepSpeed, something is missing that it needs for a disk, or the run
-            is to be resumed with its optimizer there.
+        ValueError: If something is missing that DeepSpeed needs for a disk, or the run is to be resumed with its
+            optimizer there.
     """
     if config.deepspeed_plugin is None:
         return False
-    if config.use_cpu:
-        raise ValueError(
-            "use_cpu makes accelerate train by DDP instead of DeepSpeed without saying so: set --use_cpu false, and "
-            "use_cpu: false in its configuration, with or without a GPU."
-        )
     places = _offloaded_parts(config.deepspeed_plugin)
     for place in places:
         place["nvme_path"] = nvme_path or place.get("nvme_path")

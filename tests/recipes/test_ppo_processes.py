@@ -1,0 +1,102 @@
+"""PPO on word problems in two processes, launched as a user does: by DDP, ZeRO-2 and ZeRO-3."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+# After so few steps of imitation some completions earn a reward, and routing does not amplify rounding yet.
+SMALL = (
+    "--config", RECIPES / "gsm8k" / "quickstart.yaml", "--num_train_problems", 40, "--num_eval_problems", 5,
+    "--eval_batch_size", 2, "--warm_start_steps", 12, "--per_device_train_batch_size", 4, "--max_steps", 4,
+    "--logging_steps", 1, "--save_steps", 2, "--max_completion_length", 24, "--disable_tqdm", "true",
+    "--lr_scheduler_type", "constant",
+)  # fmt: skip
+ON_CPU = {"ddp": ("--use_cpu", "true")} | dict.fromkeys(
+    ("zero2", "zero3"), ("--use_cpu", "false", "--ddp_backend", "gloo")
+)
+METRICS = ("loss", "grad_norm", "reward", "kl", "entropy", "value/loss", "learning_rate")
+
+
+def launch(configuration, folder, *options):
+    """Runs the recipe in two processes by `accelerate launch`, and returns what they print."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 2, "--mixed_precision", "no"]
+    command += ["--config_file", RECIPES / "accelerate_configs" / f"{configuration}.yaml", "--main_process_port", 0]
+    command += [RECIPES / "train_gsm8k_ppo.py", *SMALL, *ON_CPU[configuration], "--output_dir", folder, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def history(folder):
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [{name: entry[name] for name in METRICS if name in entry} for entry in log if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def by_ddp(tmp_path_factory):
+    """The folder of a run by DDP, and what it printed."""
+    folder = tmp_path_factory.mktemp("ddp") / "out"
+    return folder, launch("ddp", folder)
+
+
+@pytest.fixture(scope="module", params=["zero2", "zero3"])
+def by_zero(request, tmp_path_factory):
+    """The name of a configuration of DeepSpeed, and the folder of a run by it."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed: pip install 'mixturekit[offload]'")
+    folder = tmp_path_factory.mktemp(request.param) / "out"
+    launch(request.param, folder)
+    return request.param, folder
+
+
+@pytest.mark.slow
+def test_processes_play_on_their_own_and_one_writes_what_all_have_done(by_ddp):
+    folder, printed = by_ddp
+    assert printed.count("Held-out exact match after:") == 1
+    first = history(folder)[0]
+    assert first["reward"] > 0 and first["grad_norm"] > 0
+    # Five problems, four at a time: in the second batch one process has none.
+    for name in ("eval_before", "eval_after"):
+        rows = [json.loads(line) for line in (folder / name / "completions.jsonl").read_text().splitlines()]
+        assert sorted(row["problem"] for row in rows) == list(range(5))
+    rollouts = [load_file(folder / "checkpoint-2" / f"rollout_{process}.safetensors") for process in range(2)]
+    assert rollouts[0]["0 prompt_ids"].tolist() != rollouts[1]["0 prompt_ids"].tolist()
+    assert rollouts[0]["0 completion_ids"].tolist() != rollouts[1]["0 completion_ids"].tolist()
+
+
+@pytest.mark.slow
+def test_split_weights_learn_as_whole_ones_do(by_ddp, by_zero):
+    (whole, _), (_, split) = by_ddp, by_zero
+    for expected, actual in zip(history(whole), history(split), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    for name in ("warm_start/model.safetensors", "model.safetensors", "value_head.safetensors"):
+        expected, actual = load_file(whole / name), load_file(split / name)
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(actual[key], value, rtol=1e-2, atol=1e-3, msg=f"{name}: {key}")
+    sizes = [
+        json.loads((run / "eval_after" / "eval_results.json").read_text())["parameters"] for run in (whole, split)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.slow
+def test_split_weights_resume_to_the_bit(by_zero, tmp_path):
+    configuration, split = by_zero
+    for name in ("checkpoint-2", "warm_start"):
+        shutil.copytree(split / name, tmp_path / name)
+    launch(configuration, tmp_path, "--resume_from_checkpoint", "last")
+    assert history(tmp_path) == history(split)
+    for name in ("model.safetensors", "value_head.safetensors"):
+        expected, actual = load_file(split / name), load_file(tmp_path / name)
+        assert all(torch.equal(actual[key], value) for key, value in expected.items())
