@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jinja2
+import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData, RepoCard
 
 from .card_validation import check_model_card
@@ -21,7 +22,7 @@ def render_model_card(template: str, metadata: dict, **facts) -> ModelCard:
     Raises:
         ValueError: If a fact is missing, or the card would be broken on the Hub.
     """
-    return _render(template, ModelCard, ModelCardData(**metadata), "model", facts)
+    return _render(template, ModelCard, ModelCardData, metadata, facts)
 
 
 def render_dataset_card(template: str, metadata: dict, **facts) -> DatasetCard:
@@ -32,10 +33,15 @@ def render_dataset_card(template: str, metadata: dict, **facts) -> DatasetCard:
         metadata (`dict`): The card's metadata, as for `huggingface_hub.DatasetCardData`.
         facts: What the template asks for.
     """
-    return _render(template, DatasetCard, DatasetCardData(**metadata), "dataset", facts)
+    return _render(template, DatasetCard, DatasetCardData, metadata, facts)
 
 
-def _render(template: str, card_class: type, metadata, kind: str, facts: dict) -> RepoCard:
+def _render(template: str, card_class: type, data_class: type, metadata: dict, facts: dict) -> RepoCard:
+    try:
+        card_data = data_class(**metadata).to_yaml()
+    # The library trusts the shape of what it is given.
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"The metadata cannot be written: {str(error).splitlines()[0]}.") from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         # A fact that is missing would be empty text otherwise.
@@ -46,8 +52,10 @@ def _render(template: str, card_class: type, metadata, kind: str, facts: dict) -
         keep_trailing_newline=True,
     )
     try:
-        text = environment.get_template(f"{template}.md.jinja").render(card_data=metadata.to_yaml(), **facts)
+        text = environment.get_template(f"{template}.md.jinja").render(card_data=card_data, **facts)
     except jinja2.UndefinedError as error:
         raise ValueError(f"The card template {template!r} lacks a fact: {error}.") from error
-    check_model_card(text, kind=kind)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"The card template {template!r} has another use for a fact: {error}.") from error
+    check_model_card(text, kind="model" if card_class is ModelCard else "dataset")
     return card_class(text)

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pyarrow
 import pyarrow.compute
+from datasets.exceptions import DatasetGenerationError
 
 from .babyai import Unroll, check_levels, training_seed
 from .babyai_player import IGNORED_LABEL, LevelPlayer
@@ -142,7 +143,11 @@ def load_demonstrations(name_or_path: str, split: str = "train", cache_dir: str 
         files = sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else [str(path)]
         if not files:
             raise ValueError(f"{path} holds no demonstrations: expected a folder of save_to_disk or Parquet files.")
-        demonstrations = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache_dir)
+        try:
+            demonstrations = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache_dir)
+        except DatasetGenerationError as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise ValueError(f"{path} holds no demonstrations that can be read: {reason}") from error
     missing = [name for name in FEATURES if name not in demonstrations.column_names]
     if missing:
         raise ValueError(f"{name_or_path} holds no demonstrations: it lacks the columns {', '.join(missing)}.")

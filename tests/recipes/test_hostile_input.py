@@ -7,19 +7,25 @@ from tempfile import TemporaryDirectory
 
 import datasets
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mixturekit.hub_cards.card_validation import card_problems
-from mixturekit.modeling.expert_records import RecordError
+from mixturekit.hub_cards import render_model_card
+from mixturekit.hub_cards.card_validation import KNOWN, card_problems
+from mixturekit.modeling.block_io import BLOCK
+from mixturekit.modeling.expert_records import HEADER, RecordError, RecordInfo, RecordLayout
 from mixturekit.modeling.expert_store import ExpertStore, ExpertStoreConfig
 from mixturekit.trainers.atari import check_games
 from mixturekit.trainers.babi import read_babi
 from mixturekit.trainers.babyai import check_levels
+from mixturekit.trainers.babyai_demonstrations import load_demonstrations
 from mixturekit.trainers.checkpoints import MANIFEST, check_checkpoint
+from mixturekit.trainers.dataset_cards import load_completions
 from mixturekit.trainers.gsm8k import load_gsm8k
 from mixturekit.trainers.recipe_parser import parse_recipe
+from mixturekit.trainers.text_data import load_documents
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 # A reader may not hang either.
@@ -170,12 +176,90 @@ def test_model_cards(text):
     assert all(problem.strip() and "\n" not in problem for problem in problems), problems
 
 
-def open_store(folder):
-    """Opens a store, and reads all that it holds."""
+FACTS = {
+    "model_name": "a", "repository": "user/a", "revision": None, "parameters": "1,000", "num_experts": 4,
+    "experts_per_token": 1, "expert_kind": "GRU", "is_recurrent": True, "generate_options": "", "prompt": "The",
+    "dataset_name": "stories", "vocab_size": "400", "steps": "3", "loss": "2.5", "perplexity": "12.34",
+    "architecture": {"layers": 2}, "training": {"updates": 3}, "routing": [{"layer": "0"}], "pictures": {},
+    "command": "run it", "licence": "apache-2.0", "citations": [],
+}  # fmt: skip
+METADATA = {"license": "mit", "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["more"]}
+MARKUP = st.sampled_from(["|", "```", "---", "{{ x }}", "{% if %}", '"', "a\nb", "](x)", "$", "\\", "None", "\x00"])
+
+
+@fuzz
+@given(replaced(FACTS) | st.builds(lambda name, text: FACTS | {name: text}, st.sampled_from(list(FACTS)), MARKUP))
+def test_facts_of_model_cards(facts):
+    assert_card(METADATA, facts)
+
+
+@fuzz
+@given(replaced(METADATA) | st.dictionaries(st.sampled_from(sorted(KNOWN["model"])), JSON | MARKUP, max_size=3))
+def test_metadata_of_model_cards(metadata):
+    assert_card(metadata, FACTS)
+
+
+def assert_card(metadata, facts):
+    """That a card is made that is in order, or that one line says what it lacks."""
+    if not isinstance(metadata, dict) or not isinstance(facts, dict):
+        return
+    try:
+        card = render_model_card("language_model", metadata, **facts)
+    except ValueError as error:
+        assert len(str(error)) > 10 and "\n" not in str(error), error
+    else:
+        assert card_problems(card) == []
+
+
+TEXT = st.text(max_size=9) | st.sampled_from(["#### 3", "#### ", "= A =", "1 + 2 = 3\n#### 3"])
+CELLS = st.one_of(*(st.lists(kind | st.none(), min_size=1, max_size=3) for kind in (
+    TEXT, st.integers(-9, 9), st.floats(), st.booleans(), st.binary(max_size=4), st.lists(TEXT, max_size=2),
+    st.fixed_dictionaries({"a": TEXT}),
+)))  # fmt: skip
+
+
+@settings(fuzz_slow_reader, max_examples=10)
+@given(st.dictionaries(st.sampled_from(["question", "answer", "text", "mission"]), CELLS, max_size=2))
+def test_rows_of_data_sets_as_the_hub_has_them(tmp_path, columns):
+    rows = min(map(len, columns.values()), default=0)
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory(dir=tmp_path) as folder:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(folder, "cache"))
+        repository = Path(folder, "rows")
+        (repository / "data").mkdir(parents=True)
+        table = datasets.Dataset.from_dict({name: cells[:rows] for name, cells in columns.items()})
+        table.to_parquet(repository / "data" / "train-00000-of-00001.parquet")
+        for read in (load_gsm8k, load_documents, load_demonstrations):
+            assert_told(read, str(repository), place=repository)
+
+
+SOLUTION = {
+    "problem": 0, "decoding": "greedy", "sample": 0, "question": "1 + 2?", "completion": "#### 3", "answer": "3",
+    "extracted": None, "exact": True, "strict_match": True, "flexible_extract": True, "marked": True, "tokens": 4,
+    "finished": True,
+}  # fmt: skip
+
+
+@fuzz
+@given(
+    damaged(json.dumps(SOLUTION).encode() + b"\n")
+    | replaced(SOLUTION).map(lambda row: json.dumps(row).encode() + b"\n"),
+    damaged(b'{"settings": {}}') | st.just(b'{"settings": {}}'),
+)
+def test_solutions_and_reports(tmp_path, rows, report):
+    (tmp_path / "completions.jsonl").write_bytes(rows)
+    (tmp_path / "eval_results.json").write_bytes(report)
+    assert_told(load_completions, tmp_path, place=tmp_path)
+
+
+def open_store(folder, weights=None):
+    """Opens a store, writes what is given or what it holds, and returns that."""
     with ExpertStore(ExpertStoreConfig(str(folder), 1, 1), {"up": (2, 3)}, num_layers=1, num_experts=2) as store:
+        held = []
         for expert in range(2):
-            store.write_weights(0, expert, store.read_weights(0, expert))
+            held.append(store.read_weights(0, expert) if weights is None else {"up": weights[expert]})
+            store.write_weights(0, expert, held[-1])
         store.checkpoint()
+    return held
 
 
 def store_manifest():
@@ -199,6 +283,35 @@ def test_expert_stores(tmp_path, content):
             assert "has no record of expert" in str(error)
         except (ValueError, OSError, RecordError) as error:
             assert folder in str(error) or "expert" in str(error), error
+
+
+LAYOUT = RecordLayout((("up", (2, 3)),))
+SOUND = RecordInfo(version=3, step=2, last_step=7)
+
+
+@fuzz
+@given(damaged(LAYOUT.pack_header(1, 2, SOUND)[: HEADER.size]))
+def test_headers_of_expert_records(content):
+    block = content.ljust(BLOCK, b"\0")
+    # What was put in may be what was cut out. A header of another place, or with a bit flipped, is none.
+    expected = SOUND if block == LAYOUT.pack_header(1, 2, SOUND) else None
+    assert LAYOUT.unpack_header(block, 1, 2) == expected
+    assert LAYOUT.unpack_header(block, 2, 1) is None
+
+
+@settings(fuzz, max_examples=25)
+@given(st.data())
+def test_bytes_of_expert_records(tmp_path, data):
+    with TemporaryDirectory(dir=tmp_path) as folder:
+        open_store(folder, {expert: torch.full((2, 3), expert + 1.0) for expert in range(2)})
+        path = max(Path(folder).glob("*"), key=lambda file: file.stat().st_size)
+        path.write_bytes(data.draw(damaged(path.read_bytes())))
+        try:
+            weights = open_store(folder)
+        except (ValueError, OSError, RecordError) as error:
+            assert folder in str(error) or "expert" in str(error), error
+        else:
+            assert [torch.unique(part["up"]).tolist() for part in weights] == [[1.0], [2.0]]
 
 
 CHECKPOINT = {"parameters": "p", "files": {"model.safetensors": {"size": 3, "xxh3_64": "06b05ab6733a6185"}}}
