@@ -265,6 +265,7 @@ def build_agent(arguments: AgentArguments, model_config: TieredMoeConfig, config
                 fast_capacity=min(model_config.hbm_capacity, model_config.num_experts),
                 ram_capacity=min(model_config.dram_capacity, model_config.num_experts),
                 policy=arguments.eviction_policy,
+                record_trace=arguments.store_trace is not None,
                 # It is asked without the game, by which the next router decides as well where it knows it.
                 prefetch_next_layer=arguments.prefetch_next_layer and model_config.routing_condition == "content",
             ),

@@ -21,7 +21,9 @@ from .language_modeling import check_output_dir
 from .process_checks import check_processes
 
 # What is no field of the agent's configuration.
-_NOT_OF_MODEL = {"model_name_or_path", "dense", "nvme_path", "eviction_policy", "prefetch", "prefetch_next_layer"}
+_NOT_OF_MODEL = {
+    "model_name_or_path", "dense", "nvme_path", "store_trace", "eviction_policy", "prefetch", "prefetch_next_layer"
+}  # fmt: skip
 
 
 def load_agent_config(arguments: AgentArguments, games: list[str]) -> TieredMoeConfig:
@@ -82,6 +84,8 @@ def train_agent(arguments: AgentArguments, games: GameArguments, config: Continu
         results = continual_results(trainer, asdict(arguments)) | {"finished": finished}
         results["seconds"] = progress.seconds
         if config.process_index == 0:
+            if arguments.store_trace:
+                experts.store.save_trace(arguments.store_trace)
             if finished:
                 # First of all, so that nothing after it can cost what was learned.
                 trainer.agent.save_pretrained(folder)

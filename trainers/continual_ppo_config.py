@@ -56,6 +56,9 @@ class AgentArguments:
     nvme_path: str | None = field(
         default=None, metadata={"help": "Folder of the expert store; if unset, all experts are in memory."}
     )
+    store_trace: str | None = field(
+        default=None, metadata={"help": "File for every access to an expert, to be replayed with other policies."}
+    )
     eviction_policy: str = field(default="frequency", metadata={"help": "Of the store: lru, s3fifo or frequency."})
     prefetch: str = field(
         default="detector", metadata={"help": "What is brought when a game begins: none, recency, or detector."}
@@ -72,6 +75,8 @@ class AgentArguments:
             raise ValueError(f"prefetch is {self.prefetch!r}: choose one of {', '.join(PREFETCHES)}.")
         if self.dense and self.nvme_path:
             raise ValueError("A dense agent has no experts to put in a store: leave out --nvme_path or --dense.")
+        if self.store_trace and not self.nvme_path:
+            raise ValueError("Without --nvme_path there is no store whose accesses --store_trace could write.")
 
 
 @dataclass

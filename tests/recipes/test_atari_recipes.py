@@ -34,11 +34,13 @@ def run(run_here, tmp_path, capsys):
 def test_from_training_to_report(run, tmp_path):
     told = run("train_atari.py", *SMALL, "--max_updates", "1")
     assert "Stopped after 1 updates; go on with --resume_from_checkpoint last" in told
-    run("train_atari.py", *SMALL, "--resume_from_checkpoint", "last")
+    run("train_atari.py", *SMALL, "--resume_from_checkpoint", "last", "--store_trace", "trace.jsonl")
     results = json.loads((tmp_path / "out/continual_results.json").read_text())
     assert results["finished"] and len(results["evaluations"]) == 3 and len(results["switches"]) == 2
     assert {"stall_ms", "lead_ms", "detector_recall", "recency_recall"} <= results["switches"][1].keys()
     assert "average_forgetting" in results["metrics"]
+    trace = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    assert {access["task"] for access in trace} == set(results["games"])
 
     run(
         "evaluate_atari.py", "--model_name_or_path", "out", "--num_episodes", "2", "--max_steps", "15",
