@@ -2,9 +2,9 @@
 
 python recipes/benchmarks/expert_cache.py --trace trace.jsonl --fast_capacity 16 32 64
 
-A trace is what `--nvme_path ... --store_trace trace.jsonl` of a training recipe writes. Without one, traces of specialised
-routes are drawn: each task has a subset of the experts, uses some more than others, and seldom one that is not its
-own; batches of acting, which need few experts, alternate with batches of learning, which need many.
+A trace is what a training recipe writes with `--nvme_path ... --store_trace trace.jsonl`. Without one, accesses of
+specialised routes are drawn: each task has a subset of the experts, uses some more than others, and seldom one that is
+not its own; batches of acting, which need few experts, alternate with batches of learning, which need many.
 """
 
 import argparse
