@@ -15,13 +15,15 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "HF_HUB_O
 
 @pytest.fixture(scope="session")
 def run_process():
-    """Runs a recipe in a `folder`, by accelerate if `num_processes` are given; returns the finished process."""
+    """Runs a recipe in a `folder`, in two processes by one of the configurations of accelerate or in one by `cpu`;
+    returns the finished process."""
 
-    def run(script, *options, folder=ROOT, num_processes=None, timeout=600, **environment):
+    def run(script, *options, folder=ROOT, configuration=None, timeout=600, **environment):
         command = [ROOT / "recipes" / script, *options]
-        if num_processes is not None:
-            config = ROOT / "recipes" / "accelerate_configs" / ("cpu.yaml" if num_processes == 1 else "ddp.yaml")
-            launch = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", num_processes]
+        if configuration is not None:
+            config = ROOT / "recipes" / "accelerate_configs" / f"{configuration}.yaml"
+            number = 1 if configuration == "cpu" else 2
+            launch = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", number]
             command = [*launch, "--main_process_port", 0, "--mixed_precision", "no", *command]
         return subprocess.run(
             [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=timeout, cwd=folder,

@@ -26,7 +26,7 @@ def trained(tmp_path_factory, run_process):
     """The folder of a run of DAgger."""
     folder = tmp_path_factory.mktemp("babyai")
     options = (*SMALL, "--env_id", LEVEL, "--eval_steps", 3, "--save_steps", 3)
-    whole = run_process("train_babyai.py", *options, folder=folder, num_processes=1)
+    whole = run_process("train_babyai.py", *options, folder=folder, configuration="cpu")
     assert whole.returncode == 0, whole.stderr[-3000:]
     assert "after 6 updates" in whole.stdout
     return folder
@@ -113,7 +113,7 @@ def test_a_configuration_has_four_headings_and_known_values(path):
 @pytest.mark.slow
 def test_two_processes_play_environments_of_their_own_and_learn_one_policy(tmp_path, run_process):
     options = (*SMALL, "--save_steps", 3, "--eval_steps", 3)
-    done = run_process("train_babyai.py", *options, folder=tmp_path, num_processes=2)
+    done = run_process("train_babyai.py", *options, folder=tmp_path, configuration="ddp")
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoint = tmp_path / "out" / "checkpoint-6"
     places = [json.loads((checkpoint / f"environments_{index}.json").read_text()) for index in range(2)]
@@ -121,5 +121,5 @@ def test_two_processes_play_environments_of_their_own_and_learn_one_policy(tmp_p
     logged = [entry for entry in json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]]
     assert [entry["frames"] for entry in logged if "frames" in entry][-1] == 6 * 4 * 8 * 2
     options += ("--resume_from_checkpoint", "out/checkpoint-3")
-    resumed = run_process("train_babyai.py", *options, folder=tmp_path, num_processes=2)
+    resumed = run_process("train_babyai.py", *options, folder=tmp_path, configuration="ddp")
     assert resumed.returncode == 0, resumed.stderr[-3000:]

@@ -149,9 +149,9 @@ def test_two_processes_share_the_problems_and_find_the_same(solved, problems, tm
     # Twelve problems in batches of ten: the last one leaves each process one.
     options = ["--model_name_or_path", solved.folder, "--dataset_name", problems, "--num_problems", 11, *FAST]
     rows = []
-    for name, num_processes, batch in (("one", None, 10), ("two", 2, 5)):
+    for name, configuration, batch in (("one", None, 10), ("two", "ddp", 5)):
         place = ["--batch_size", batch, "--output_dir", tmp_path / name]
-        result = run_process("evaluate_gsm8k.py", *options, *place, num_processes=num_processes)
+        result = run_process("evaluate_gsm8k.py", *options, *place, configuration=configuration)
         assert result.returncode == 0, result.stderr[-5000:]
         assert result.stdout.count("Results: ") == 1
         rows.append(read_rows(tmp_path / name / "completions.jsonl"))

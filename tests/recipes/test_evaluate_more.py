@@ -186,10 +186,10 @@ def test_two_processes_share_the_questions_and_find_the_same(solved, text_file, 
     options += ["--tasks", "perplexity", "babi2", "addition", "generation", "--digits", 1, 2, "--num_problems", 8]
     options += ["--temperature", 0, "--sequence_length", 32]
     rows, reports = [], []
-    for name, num_processes, batch in (("one", None, 8), ("two", 2, 4)):
+    for name, configuration, batch in (("one", None, 8), ("two", "ddp", 4)):
         folder = tmp_path / name
         files = ["--output_dir", folder, "--csv", folder / "answers.csv", "--batch_size", batch]
-        result = run_process("evaluate_more.py", *options, *files, num_processes=num_processes)
+        result = run_process("evaluate_more.py", *options, *files, configuration=configuration)
         assert result.returncode == 0, result.stderr[-5000:]
         assert result.stdout.count("Results: ") == 1
         rows.append(read_csv(folder / "answers.csv"))

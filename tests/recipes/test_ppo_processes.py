@@ -2,10 +2,7 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,15 +23,17 @@ ON_CPU = {"ddp": ("--use_cpu", "true")} | dict.fromkeys(
 METRICS = ("loss", "grad_norm", "reward", "kl", "entropy", "value/loss", "learning_rate")
 
 
-def launch(configuration, folder, *options):
-    """Runs the recipe in two processes by `accelerate launch`, and returns what they print."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 2, "--mixed_precision", "no"]
-    command += ["--config_file", RECIPES / "accelerate_configs" / f"{configuration}.yaml", "--main_process_port", 0]
-    command += [RECIPES / "train_gsm8k_ppo.py", *SMALL, *ON_CPU[configuration], "--output_dir", folder, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture(scope="module")
+def launch(run_process):
+    """Runs the recipe in two processes, and returns what they print."""
+
+    def launch(configuration, folder, *options):
+        options = (*SMALL, *ON_CPU[configuration], "--output_dir", folder, *options)
+        done = run_process("train_gsm8k_ppo.py", *options, configuration=configuration, DS_ACCELERATOR="cpu")
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return launch
 
 
 def history(folder):
@@ -43,14 +42,14 @@ def history(folder):
 
 
 @pytest.fixture(scope="module")
-def by_ddp(tmp_path_factory):
+def by_ddp(launch, tmp_path_factory):
     """The folder of a run by DDP, and what it printed."""
     folder = tmp_path_factory.mktemp("ddp") / "out"
     return folder, launch("ddp", folder)
 
 
 @pytest.fixture(scope="module", params=["zero2", "zero3"])
-def by_zero(request, tmp_path_factory):
+def by_zero(request, launch, tmp_path_factory):
     """The name of a configuration of DeepSpeed, and the folder of a run by it."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed: pip install 'mixturekit[offload]'")
@@ -91,7 +90,7 @@ def test_split_weights_learn_as_whole_ones_do(by_ddp, by_zero):
 
 
 @pytest.mark.slow
-def test_split_weights_resume_to_the_bit(by_zero, tmp_path):
+def test_split_weights_resume_to_the_bit(by_zero, launch, tmp_path):
     configuration, split = by_zero
     for name in ("checkpoint-2", "warm_start"):
         shutil.copytree(split / name, tmp_path / name)
