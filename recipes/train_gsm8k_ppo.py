@@ -24,6 +24,7 @@ def main() -> None:
 def train(model_arguments, arguments, config) -> None:
     """Loads, warms up if asked to, trains, and evaluates before and after."""
     from mixturekit.trainers.card_figures import draw_curve
+    from mixturekit.trainers.checkpoints import remove_checkpoints
     from mixturekit.trainers.expert_adapters import load_causal_lm, memory_report
     from mixturekit.trainers.gsm8k_training import (
         evaluate,
@@ -46,6 +47,8 @@ def train(model_arguments, arguments, config) -> None:
     main_process = config.process_index == 0
     if main_process:
         print(memory_report(model))
+        if not checkpoint:
+            remove_checkpoints(config.output_dir)
     if arguments.warm_start_steps:
         if not checkpoint:
             warm_start(model, tokenizer, problems, arguments, config)

@@ -132,6 +132,12 @@ def checkpoints_of(folder: str | Path) -> list[Path]:
     return sorted((path for path in found if _CHECKPOINT.fullmatch(path.name)), key=_step, reverse=True)
 
 
+def remove_checkpoints(folder: str | Path) -> None:
+    """Removes those of a run that another one replaces: what this one cannot finish would seem to go on from them."""
+    for checkpoint in checkpoints_of(folder):
+        shutil.rmtree(checkpoint)
+
+
 def _step(checkpoint: Path) -> int:
     return int(_CHECKPOINT.fullmatch(checkpoint.name)[1])
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From arguments to what a run over several games needs: the agent, checks before it starts, and its results."""
 
-import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from ..modeling import TieredMoeConfig
 from .agent_card import write_agent_card
 from .agent_experts import build_agent
 from .atari import own_actions
-from .checkpoints import checkpoints_of
+from .checkpoints import remove_checkpoints
 from .continual_log import METRICS
 from .continual_ppo_config import AgentArguments, ContinualPpoConfig, GameArguments
 from .continual_ppo_trainer import ContinualPpoTrainer
@@ -69,9 +68,7 @@ def train_agent(arguments: AgentArguments, games: GameArguments, config: Continu
         )
     folder = Path(config.output_dir)
     if not checkpoint and config.process_index == 0 and config.overwrite_output_dir:
-        # Otherwise what this run cannot finish would seem to go on from a checkpoint of the one that it replaces.
-        for stale in checkpoints_of(folder):
-            shutil.rmtree(stale)
+        remove_checkpoints(folder)
         (folder / METRICS).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     config.accelerator.wait_for_everyone()

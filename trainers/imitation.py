@@ -1,7 +1,6 @@
 """From arguments to what an imitation run needs: policy, unrolls, and checks before it starts."""
 
 import json
-import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from transformers import AutoConfig
 from ..modeling import MopConfig, MopForActionPrediction
 from .babyai import BabyAIEnvironments, check_levels
 from .babyai_demonstrations import DemonstrationStreams, generate_demonstrations, load_demonstrations
+from .checkpoints import remove_checkpoints
 from .imitation_config import EnvironmentArguments, ImitationConfig, PolicyArguments
 from .imitation_trainer import ImitationTrainer
 from .language_modeling import check_output_dir
@@ -135,9 +135,7 @@ def train_policy(
     source = load_source(environment_arguments, config)
     trainer = ImitationTrainer(policy, config, source, environment_arguments)
     if not checkpoint and trainer.is_world_process_zero():
-        # Otherwise what this run cannot finish would seem to go on from a checkpoint of the one that it replaces.
-        for stale in Path(config.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(stale)
+        remove_checkpoints(config.output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     # First of all, so that nothing after it can cost what was learned.
     trainer.save_model(_internal_call=True)

@@ -1,7 +1,6 @@
 """From arguments to what a language-modelling run needs: tokenizer, data sets, model, and checks before it starts."""
 
 import json
-import shutil
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from ..modeling import ExpertStore, MoreConfig, MoreForCausalLM, initialize_offloaded, load_offloaded
-from .checkpoints import check_checkpoint, checkpoints_of, newest_checkpoint
+from .checkpoints import check_checkpoint, checkpoints_of, newest_checkpoint, remove_checkpoints
 from .language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
 from .language_modeling_trainer import LanguageModelingTrainer
 from .offload_arguments import OffloadArguments
@@ -271,9 +270,7 @@ def _train_and_save(
 ) -> dict[str, float]:
     config, store = trainer.args, trainer.store
     if not checkpoint and trainer.is_world_process_zero():
-        # Otherwise what this run cannot finish would seem to go on from a checkpoint of the one that it replaces.
-        for stale in Path(config.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(stale)
+        remove_checkpoints(config.output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     # What it would push lacks the card still.
     trainer.save_model(_internal_call=True)

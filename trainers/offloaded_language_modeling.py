@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from ..modeling import load_offloaded
+from .checkpoints import remove_checkpoints
 from .language_modeling import check_output_dir, load_data
 from .language_modeling_config import DataArguments, LanguageModelingConfig
 from .offload_arguments import OffloadArguments
@@ -76,6 +77,8 @@ def train_offloaded(
             processing_class=tokenizer,
             store=store,
         )
+        if not checkpoint:
+            remove_checkpoints(config.output_dir)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mixturekit.trainers.checkpoints import checkpoints_of
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (
     "--config", RECIPES / "gsm8k" / "quickstart.yaml", "--num_train_problems", 40, "--num_eval_problems", 6,
@@ -96,9 +98,11 @@ def test_what_lacks_an_answer_is_refused_before_anything_is_loaded(run, tmp_path
     assert "name other problems" in run("--output_dir", tmp_path / "out", "--train_file", tmp_path / "train.jsonl")
 
 
-def test_a_finished_run_is_not_replaced_unasked(run, tmp_path):
+def test_a_finished_run_is_replaced_only_if_asked_and_as_a_whole(run, tmp_path):
     assert run("--output_dir", tmp_path / "out", "--max_steps", 2) is None
     assert "already holds a run" in run("--output_dir", tmp_path / "out")
+    assert run("--output_dir", tmp_path / "out", "--max_steps", 1, "--overwrite_output_dir") is None
+    assert [path.name for path in checkpoints_of(tmp_path / "out")] == ["checkpoint-1"]
 
 
 @pytest.mark.slow
