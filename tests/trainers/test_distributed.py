@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The accelerate configurations, with two processes on CPUs: the same losses, checkpoints and resumption as with one.
 
-accelerate knows FSDP2 and DeepSpeed on accelerators only. Started as a program, this file therefore tells it that the
-CPU is one, and runs a recipe several times in the same processes, because starting them takes most of the time.
+accelerate knows FSDP2 on accelerators only. Started as a program, this file therefore tells it that the CPU is one, and
+runs a recipe several times in the same processes, because starting them takes most of the time.
 """
 
 import importlib.util
@@ -87,7 +87,7 @@ def launch(configuration, lines, folder, processes=2):
 
 def run_recipe(configuration, file):
     """What each process of [`launch`] does."""
-    if configuration in ("fsdp2", "zero2", "zero3"):
+    if configuration == "fsdp2":
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
         training_args.is_torch_bf16_gpu_available = lambda: True
@@ -129,7 +129,7 @@ def pair(request, tmp_path_factory):
     """The folder of the cases that two processes have trained, and what they printed."""
     folder = tmp_path_factory.mktemp(request.param)
     # Elsewhere `use_cpu` would take precedence over FSDP2 and DeepSpeed.
-    options = {"use_cpu": True} if request.param == "ddp" else {}
+    options = {"use_cpu": True} if request.param == "ddp" else {"ddp_backend": "gloo"}
     lines = [command_line(folder, case, processes=2, **options) for case in CASES]
     return folder, launch(request.param, lines, folder)
 
