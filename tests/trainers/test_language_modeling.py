@@ -172,6 +172,21 @@ def test_two_processes_train_like_one_with_twice_the_batch(tmp_path):
     run("two", 4, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611")
     for key in ("lm_loss", "aux_loss"):
         torch.testing.assert_close(history(tmp_path / "one", key), history(tmp_path / "two", key), rtol=1e-3, atol=0)
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
+        path.name for path in (tmp_path / "one").iterdir()
+    )
+    # One process writes, what all have counted.
+    files = [list((tmp_path / folder).rglob("events.out.tfevents.*")) for folder in ("one", "two")]
+    assert len(files[0]) == len(files[1])
+    routing = []
+    for folder in ("one", "two"):
+        (run,) = (tmp_path / folder / "runs").iterdir()
+        events = EventAccumulator(str(run)).Reload()
+        tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("routing/")]
+        routing.append({tag: [event.value for event in events.Scalars(tag)] for tag in tags})
+    assert len(routing[0]) == 2 * 4
+    for tag, values in routing[0].items():
+        torch.testing.assert_close(routing[1][tag], values, rtol=1e-3, atol=1e-5, msg=tag)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
