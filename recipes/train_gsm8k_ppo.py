@@ -51,7 +51,7 @@ def train(model_arguments, arguments, config) -> None:
             remove_checkpoints(config.output_dir)
     if arguments.warm_start_steps:
         if not checkpoint:
-            warm_start(model, tokenizer, problems, arguments, config)
+            warm_start(model, tokenizer, problems, arguments, config, model_arguments.nvme_path)
         # From the folder also where the policy is at hand: what its trainer has set up in it is not for the next one.
         model = load_causal_lm(str(warm_start_folder(config)), model_arguments.dtype)
     trainer = make_trainer(model, tokenizer, model_arguments, arguments, config, problems, held_out)

@@ -29,7 +29,7 @@ from .ppo_config import PPOConfig
 from .ppo_trainer import PPOTrainer
 from .tokenization import load_tokenizer, train_tokenizer
 from .word_problems import generate_word_problems
-from .zero_offload import prepare_for_zero3
+from .zero_offload import check_zero_offload, prepare_for_zero3
 
 
 class DurableGRPOTrainer(DurableTraining, GRPOTrainer):
@@ -111,11 +111,12 @@ def warm_start(
     problems: datasets.Dataset,
     arguments: GSM8KDataArguments,
     config: PPOConfig,
+    nvme_path: str | None = None,
 ) -> None:
     """
     Trains on the solutions of `problems`, with TRL's `SFTTrainer` and a loss on the solution alone.
 
-    Model and tokenizer go to [`warm_start_folder`].
+    Model and tokenizer go to [`warm_start_folder`]; what DeepSpeed offloads to a disk, to `nvme_path`.
     """
     conversational = uses_chat(arguments.prompt_format, tokenizer)
     rows = with_prompts(problems, conversational)
@@ -141,6 +142,8 @@ def warm_start(
         disable_tqdm=config.disable_tqdm,
         router_aux_loss_coef=0.0,
     )
+    # It has a configuration of DeepSpeed of its own.
+    check_zero_offload(supervised, nvme_path)
     trainer = SFTTrainer(model, supervised, train_dataset=rows, processing_class=tokenizer)
     if trainer.is_deepspeed_enabled:
         prepare_for_zero3(trainer.model, trainer.accelerator.state.deepspeed_plugin)
