@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The accelerate configurations, with two processes on CPUs: the same losses, checkpoints and resumption as with one.
 
-accelerate knows FSDP2 on accelerators only. Started as a program, this file therefore tells it that the CPU is one, and
+accelerate knows FSDP2 on accelerators only. Started as a program, this file therefore tells it that the CPU is one. It
 runs a recipe several times in the same processes, because starting them takes most of the time.
 """
 
