@@ -25,7 +25,7 @@ def weights(folder):
 def finished(run_process, tmp_path_factory):
     """The folder that two processes worked in, and what they printed."""
     folder = tmp_path_factory.mktemp("two")
-    done = run_process("train_atari.py", *SMALL, folder=folder, num_processes=2)
+    done = run_process("train_atari.py", *SMALL, folder=folder, configuration="ddp")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout
 
@@ -48,7 +48,9 @@ def test_processes_play_games_of_their_own_and_one_writes(finished):
 @pytest.mark.slow
 def test_two_processes_go_on_where_they_were_stopped(finished, run_process, tmp_path):
     shutil.copytree(finished[0] / "out" / "checkpoint-1", tmp_path / "out" / "checkpoint-1")
-    done = run_process("train_atari.py", *SMALL, "--resume_from_checkpoint", "last", folder=tmp_path, num_processes=2)
+    done = run_process(
+        "train_atari.py", *SMALL, "--resume_from_checkpoint", "last", folder=tmp_path, configuration="ddp"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     expected, actual = (weights(folder / "out") for folder in (finished[0], tmp_path))
     assert expected.keys() == actual.keys()

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mixturekit.modeling.deep_nvme import is_built
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 # After so few steps of imitation some completions earn a reward, and routing does not amplify rounding yet.
 SMALL = (
@@ -18,7 +20,7 @@ SMALL = (
     "--lr_scheduler_type", "constant",
 )  # fmt: skip
 ON_CPU = {"ddp": ("--use_cpu", "true")} | dict.fromkeys(
-    ("zero2", "zero3"), ("--use_cpu", "false", "--ddp_backend", "gloo")
+    ("zero2", "zero3", "zero3_nvme"), ("--use_cpu", "false", "--ddp_backend", "gloo")
 )
 METRICS = ("loss", "grad_norm", "reward", "kl", "entropy", "value/loss", "learning_rate")
 
@@ -29,7 +31,8 @@ def launch(run_process):
 
     def launch(configuration, folder, *options):
         options = (*SMALL, *ON_CPU[configuration], "--output_dir", folder, *options)
-        done = run_process("train_gsm8k_ppo.py", *options, configuration=configuration, DS_ACCELERATOR="cpu")
+        where = {"folder": folder.parent, "configuration": configuration}
+        done = run_process("train_gsm8k_ppo.py", *options, **where, DS_ACCELERATOR="cpu")
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
@@ -98,4 +101,68 @@ def test_split_weights_resume_to_the_bit(by_zero, launch, tmp_path):
     assert history(tmp_path) == history(split)
     for name in ("model.safetensors", "value_head.safetensors"):
         expected, actual = load_file(split / name), load_file(tmp_path / name)
+        assert all(torch.equal(actual[key], value) for key, value in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_built(), reason="needs DeepSpeed's I/O extension: recipes/doctor.py --build")
+def test_weights_and_optimizer_on_a_disk_learn_as_in_memory(by_ddp, launch, tmp_path):
+    launch("zero3_nvme", tmp_path / "out", "--nvme_path", tmp_path / "swap")
+    for expected, actual in zip(history(by_ddp[0]), history(tmp_path / "out"), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-2, abs=1e-4)
+    assert any(path.is_file() for path in (tmp_path / "swap").rglob("*.swp"))
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "swap"}
+
+
+PRETENDS_TO_HAVE_ACCELERATORS = f"""
+import os, runpy, sys
+from accelerate.state import DistributedType, PartialState
+
+os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+PartialState._prepare_backend = lambda self, *arguments: ("gloo", DistributedType.MULTI_GPU)
+sys.argv[0] = {str(RECIPES / "train_gsm8k_ppo.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def launch_fsdp2(run_process, tmp_path_factory):
+    """As `launch`, by FSDP2, which accelerate has for accelerators only."""
+    program = tmp_path_factory.mktemp("fsdp2") / "program.py"
+    program.write_text(PRETENDS_TO_HAVE_ACCELERATORS)
+
+    def launch(folder, *options):
+        options = (*SMALL, "--use_cpu", "false", "--output_dir", folder, *options)
+        done = run_process(program, *options, configuration="fsdp2")
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def by_fsdp2(launch_fsdp2, tmp_path_factory):
+    """The folder of a run by FSDP2."""
+    folder = tmp_path_factory.mktemp("fsdp2") / "out"
+    launch_fsdp2(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_fsdp2_learns_as_whole_weights_do(by_ddp, by_fsdp2):
+    # Each process draws its part of the critic, so that this is another one, which is zero at first.
+    first_cycles = [
+        [[entry[name] for name in ("loss", "kl", "entropy")] for entry in history(folder)[:2]]
+        for folder in (by_ddp[0], by_fsdp2)
+    ]
+    torch.testing.assert_close(first_cycles[1], first_cycles[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_fsdp2_resumes_to_the_bit(launch_fsdp2, by_fsdp2, tmp_path):
+    for name in ("checkpoint-2", "warm_start"):
+        shutil.copytree(by_fsdp2 / name, tmp_path / name)
+    launch_fsdp2(tmp_path, "--resume_from_checkpoint", "last")
+    assert history(tmp_path) == history(by_fsdp2)
+    for name in ("model.safetensors", "value_head.safetensors"):
+        expected, actual = load_file(by_fsdp2 / name), load_file(tmp_path / name)
         assert all(torch.equal(actual[key], value) for key, value in expected.items())
