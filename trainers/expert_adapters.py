@@ -222,9 +222,9 @@ def _adapted_weights(layer: LoraLayer) -> list[nn.Parameter]:
 def _can_merge(layer: LoraLayer) -> bool:
     if layer.merged or layer.disable_adapters or not set(layer.active_adapters) & set(layer.lora_A):
         return False
-    # DeepSpeed's ZeRO-3 leaves empty weights behind.
+    # Weights of DeepSpeed's ZeRO-3, which numbers them, are whole now and empty later.
     return all(
-        weight.is_floating_point() and weight.numel() and not isinstance(weight, DTensor)
+        weight.is_floating_point() and not isinstance(weight, DTensor) and not hasattr(weight, "ds_id")
         for weight in _adapted_weights(layer)
     )
 
