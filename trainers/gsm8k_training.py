@@ -206,7 +206,10 @@ def make_trainer(
     shared = {field.name: getattr(config, field.name) for field in fields(GRPOConfig) if field.init}
     # Derived from the others.
     shared |= {"generation_batch_size": None}
-    return DurableGRPOTrainer(model, args=GRPOConfig(**shared), **common)
+    trainer = DurableGRPOTrainer(model, args=GRPOConfig(**shared), **common)
+    if trainer.is_deepspeed_enabled:
+        prepare_for_zero3(trainer.model, trainer.accelerator.state.deepspeed_plugin)
+    return trainer
 
 
 def evaluate(
