@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Reads and writes of aligned blocks that pass the page cache by, with an error for each operation that fails.
 
 Sizes, offsets and addresses are bytes; with direct I/O all three are multiples of [`BLOCK`].

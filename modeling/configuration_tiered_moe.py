@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Configuration of tiered MoE agents: a causal transformer that plays, with more experts than fit in fast memory."""
 
 import copy

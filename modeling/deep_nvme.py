@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """DeepNVMe, the engine of ZeRO-Infinity (Rajbhandari et al. 2021, arXiv:2104.07857), behind the interface of a store.
 
 It reports success for writes that did not happen, and ends the process for reads beyond a file. What could go wrong is

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A small network that names the game from what is seen, and from that the experts that will be needed.
 
 Shapes: batch; games; layers; experts of a layer; frames are `(batch, stack, side, side)`.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The records of all experts on disk: where each lies, what a checkpoint keeps, and what a crash leaves behind.
 
 A folder has one file per layer with two places per expert. One place holds the record of the last checkpoint and is

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Which expert leaves a tier when another one has to come in.
 
 A key names an expert, such as `(layer, expert)`. A policy hears of every use, arrival and departure.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """How one expert lies in memory and on disk: weights first, then the optimizer's state, then a header.
 
     | weights | float32 copy of the weights, first moment, second moment | header |

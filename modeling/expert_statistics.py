@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What an expert store counts.
 
 An access is an expert that a layer's tokens were sent to, once per forward pass. What the store brings on its own, for

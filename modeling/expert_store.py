@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """All experts of a model in a folder, with those in use in fast memory: weights and optimizer state move together.
 
 The fast tier is one slab of memory, of which the weights are 3-D views `(slots, *shape)`: grouped products run on them

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The tiers of an expert store above the disk, and how records move between them.
 
 A record is in one of the tiers, fast and RAM, or in neither. It comes up when it is asked for, goes down one tier when

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """AdamW for the experts of a store: those that have a gradient, and no others, each with its own step count."""
 
 from collections.abc import Callable, Collection, Iterable

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """AdamW for fused experts in memory that leaves those that no token was sent to as they are."""
 
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """An agent for many games: frames through convolutions, steps through causal attention, tokens through many experts.
 
 Shapes: batch, time (steps), tokens of a step, seq = time * tokens of a step, hidden (`expert_dim`), experts, slots =

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Ordinary checkpoints of models whose experts are in a store, one layer at a time."""
 
 import json

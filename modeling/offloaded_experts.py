@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Puts the fused experts of a transformers MoE model behind an [`ExpertStore`], without a change of the model's code.
 
 The experts' own forward runs on the weights of the fast tier, with slots for expert ids. Where a batch needs more

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What routers do: the statistics of their decisions, and hooks that read them from any transformers MoE model.
 
 Shapes:

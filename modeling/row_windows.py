@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Rows of memory that can also be seen side by side in any order, without a copy, by mapping their pages twice."""
 
 import ctypes

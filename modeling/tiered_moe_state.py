@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What an agent remembers between two calls: keys and values of the last steps of its episode.
 
 Shapes: batch; kept, one token less than attention reaches; heads, width of a head; time, steps of a call.

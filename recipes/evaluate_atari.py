@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Evaluate an agent of many experts on whole episodes of its games, with a video of the experts in use.
 
 accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/evaluate_atari.py \

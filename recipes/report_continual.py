@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """One HTML page on a run over several games: retention matrix, hit rates, and which game uses which experts.
 
 python recipes/report_continual.py --run out --output out/report.html

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """
 Shows which pathways through its experts a MoP policy takes in BabyAI, on held-out episodes that it plays greedily.
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """
 Shows which experts the tokens of a text visit, for a checkpoint of any transformers mixture of experts.
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Does an agent of many experts forget less than others? One sequence of games, several agents, each with some seeds.
 
 python recipes/study_continual.py --config recipes/atari/study.yaml --num_seeds 3 --jobs 2 --output_dir study_continual

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Train an agent of many experts on games one after another, by PPO, and measure what it forgets.
 
 accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/train_atari.py \

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What tests in several folders share: small mixtures, and a checkpoint that knows stories and sums by heart."""
 
 from dataclasses import dataclass

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The model card of an agent that a run over several games has trained."""
 
 from pathlib import Path

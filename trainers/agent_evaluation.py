@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Whole episodes of games, played by an agent or by chance, with raw rewards.
 
 Shapes: episodes, all of which are played at once; layers; experts.

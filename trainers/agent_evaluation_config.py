@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What an evaluation of an agent is configured by."""
 
 from dataclasses import dataclass, field

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Evaluating an agent on all of its games: loading it, the results as JSON and as a table."""
 
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The experts of an agent that learns, in memory or in a store: updates, checkpoints, and prefetches."""
 
 import shutil

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A GIF of an episode: what the agent sees, and beside it the experts of each layer as they are used."""
 
 from pathlib import Path

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Environments of one or several games: those of the Arcade Learning Environment, and the ones that ship here.
 
 Shapes: envs; frames are uint8 `(envs, 4, 84, 84)`; an action is a number in ALE's full set of 18.

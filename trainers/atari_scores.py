@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What chance and people reach in Atari games, for the human-normalised score."""
 
 # Returns of random actions and of people, as Mnih et al. (2015) and Badia et al. (2020, arXiv:2003.13350, table of

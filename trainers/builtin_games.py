@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Six small games that look and play unlike each other, with the interface of ale-py's vector environment.
 
 They need no ROM and no emulator, run tens of thousands of steps a second, and a small agent learns each in a few

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """From arguments to what a run over several games needs: the agent, checks before it starts, and its results."""
 
 from dataclasses import asdict, fields

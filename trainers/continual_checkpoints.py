@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Where a run over several games is, and checkpoints of all of it: a folder that is whole or not there."""
 
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The log of a run over several games: TensorBoard, and a line of JSON for each update."""
 
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """How much is forgotten and carried over when games are learned one after another.
 
 Returns are in matrices `(phases + 1, games)`: the first row is of the agent before any game, each other one of the

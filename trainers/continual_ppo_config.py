@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What a run over several games is configured by: the agent and where its experts are, the games, and the learning."""
 
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """PPO over games one after another (or all at once), with experts in memory or in a store.
 
 A phase is the learning of one game; an update is a rollout in all environments and some epochs over it. After each

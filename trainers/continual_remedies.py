@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What an agent keeps of earlier games: frames to tell them apart, steps to replay, and which weights mattered.
 
 Shapes: games; segments and their steps as in game_rollout.py; frames `(frames, 1, side, side)`.

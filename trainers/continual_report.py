@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """One HTML page on a run over several games: what was kept, where the experts were, and which game uses which."""
 
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What a run over several games has measured, as JSON: the retention matrix and all that follows from it."""
 
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What a machine lacks for a model on disk, a sentence for each thing, with what to do about it."""
 
 import ctypes.util

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Gradients of several processes: dense ones are averaged, and those of the experts that have one are exchanged."""
 
 from collections.abc import Sequence

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """How much an expert tells about the game: mutual information of game and expert, per layer, and what chance gives.
 
 Shapes: episodes; games; experts. Counts are of the tokens that each expert of a layer was given.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Playing some steps in all environments, and cutting them into segments to learn from.
 
 Shapes: envs; time, steps of a rollout; segment, steps of one; segments = envs * time / segment.

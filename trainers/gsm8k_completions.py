@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`completions.jsonl`, the solutions that an evaluation on GSM8K leaves: a row for each, and its columns."""
 
 import json

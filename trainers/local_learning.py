@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Experts that learn by what each of their maps sees for itself, an experiment; all else learns by backpropagation.
 
 A rule takes the place of the loss's gradient of an expert's weights. That gradient still flows through the experts, to

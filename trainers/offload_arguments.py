@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The options of recipes that keep a model's experts on disk."""
 
 from dataclasses import dataclass, field

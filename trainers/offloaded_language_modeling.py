@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Causal language modelling with any mixture of transformers whose experts are kept in a store."""
 
 from dataclasses import dataclass, field

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`transformers.Trainer` for models whose experts are in a store.
 
 Beside the ordinary files, a checkpoint has the records of all experts, with their optimizer state, in `experts`, and

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Whether the processes that were started will train together."""
 
 import os

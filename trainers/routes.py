@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """
 Which experts each token of a text visits in a mixture of experts, recorded from one forward pass.
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Routing metrics during any training of any transformers MoE model."""
 
 import logging

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """
 A look inside a mixture of experts: the routes of a text as one HTML page and as a picture.
 

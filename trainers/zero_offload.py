@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Mixtures of experts under DeepSpeed's ZeRO-3, with parameters and optimizer on a disk (ZeRO-Infinity).
 
 What DeepSpeed 0.19.8 does wrong without a word, and is set right or refused here:

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Speed of sequential Atari: environments, whole PPO loops beside CleanRL's, and experts on disk or in memory.
 
 python recipes/benchmarks/atari.py --parts environments loops experts --output atari.json

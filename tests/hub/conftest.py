@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A Hub on this machine, a run of each system to push, and two people: an owner, and one without this package."""
 
 import importlib.util

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A small Hub on this machine, from the standard library: what huggingface_hub asks for when it pushes and loads.
 
 It listens on 127.0.0.1 only and keeps everything in memory. A repository is a list of revisions, and a revision all of

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Demonstrations and completions on the Hub: data sets that load anywhere, with cards of what is in them."""
 
 import json

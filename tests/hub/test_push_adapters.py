@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A policy that was trained by adapters travels as adapters to a base on the Hub, or as a part of it."""
 
 import json

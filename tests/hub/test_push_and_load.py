@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What `push_to_hub.py` pushes, a stranger loads: the same model to the bit, with a card that is in order."""
 
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`--push_to_hub` in a training recipe: every revision that it makes can be loaded, the first as well as the last."""
 
 import re

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Results of later evaluations go onto the card, with their pictures, and whole into the repository."""
 
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What goes wrong on the way to the Hub: a sentence for each, and nothing there is half done."""
 
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A run is recorded as anybody could repeat it: its command, its arguments and what it measured, and no secrets."""
 
 import json

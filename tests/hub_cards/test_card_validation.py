@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the Hub would refuse or show broken is told before anything is sent, each thing in a sentence."""
 
 import pytest

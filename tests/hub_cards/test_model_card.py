@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Templates say what they were given and nothing else; what they lack is named."""
 
 import pytest

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What of a run's folder is published, and what is taken out of it before."""
 
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the tests of MoRE share: its variants, models whose every part shows in the logits, and a small tokenizer."""
 
 import pytest

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Blocks come back as they were written, and what fails says so."""
 
 import errno

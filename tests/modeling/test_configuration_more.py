@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Presets are matched, what a configuration says of its model is what the model has, and bad values are named."""
 
 import math

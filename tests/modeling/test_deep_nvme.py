@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """DeepNVMe moves the same bytes, and fails aloud, where it is there; where it isn't, one sentence says what to do."""
 
 import importlib.util

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The attention inside an expert against one dense product under a mask that is spelled out pair by pair."""
 
 import pytest

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What is on disk is what was written, or is named as damaged; a crash costs nothing that a checkpoint has."""
 
 import multiprocessing

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Policies against plain descriptions of them, and against the most that any of them could reach."""
 
 import itertools

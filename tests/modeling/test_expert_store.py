@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A store gives and updates the same experts, to the bit, as one that holds them all in memory."""
 
 import copy

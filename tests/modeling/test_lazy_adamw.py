@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the optimizer of a store promises beyond the equality that the tests of the store check."""
 
 import pytest

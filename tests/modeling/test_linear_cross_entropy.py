@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The chunked head gives the loss and gradients of the plain one, and never holds all logits."""
 
 import pytest

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The fast ways to run a model agree with the plain ones, and every parameter learns."""
 
 import pytest

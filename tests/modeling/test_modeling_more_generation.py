@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Generation with a cache gives what the full forward gives, whatever the experts, the padding and the steps."""
 
 import pytest

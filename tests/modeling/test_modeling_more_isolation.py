@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A token sees its own past and nothing else: no later token, no other row, no padding, no other document."""
 
 import pytest

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What is saved is what comes back: through the auto classes, with other vocabularies, and without this package."""
 
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The libraries that train transformers models train these: the Trainer, PEFT on attention and experts, and TRL."""
 
 import pytest

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """An agent of many experts acts step by step as it does at once, and from a store as from memory."""
 
 import json

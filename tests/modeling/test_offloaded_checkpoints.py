@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of models with experts in a store are those of models in memory, and need less memory than these."""
 
 import subprocess

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A model whose experts are in a store computes, learns and generates as with its experts in memory."""
 
 import copy

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The fast arithmetic of recurrent experts against torch's own cells and the plainest loops."""
 
 import pytest

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The router, its balance, and losses that do not depend on how a batch is split or padded."""
 
 import math

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Rows seen side by side are the rows themselves."""
 
 import gc

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Sequential games in two processes: each plays games of its own, one writes, and a stopped run goes on as it was."""
 
 import json

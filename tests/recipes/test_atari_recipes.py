@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The recipes of sequential games: train, stop, resume, evaluate, film, report, push, and refuse."""
 
 import json

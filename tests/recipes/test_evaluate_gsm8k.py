@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The evaluation on GSM8K as a user runs it: its files, its refusals, and how it goes on after an interruption."""
 
 import functools

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The evaluation as a user runs it: its files, its refusals, and what an interruption leaves."""
 
 import csv

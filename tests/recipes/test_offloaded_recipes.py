@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The recipes that keep experts on disk, run as a user runs them."""
 
 import json

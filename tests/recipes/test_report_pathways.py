@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The recipe of the pathways report, run as a user runs it."""
 
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The study of what agents forget: its arms are agents that can be trained, and its verdicts follow the figures."""
 
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The CSV file of questions and answers: quoted so that any reader gets back what was said, and whole at all times."""
 
 import csv

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Environments by the names of their games, the emulator's and those that ship here, one or several at once."""
 
 import numpy as np

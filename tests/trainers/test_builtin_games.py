@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The games that ship here keep to the interface of ale-py's vector environment, and reward those who play them."""
 
 import numpy as np

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Two gloo processes, each with tiers of its own, make the update of one with the batches of both."""
 
 import runpy

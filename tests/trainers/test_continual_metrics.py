@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What is forgotten and carried over, on matrices that can be followed by hand; and what experts tell about games."""
 
 import numpy as np

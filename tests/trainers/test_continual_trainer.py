@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """PPO over games: what was played is what is learned from, from a store as from memory, resumed as never stopped."""
 
 import copy

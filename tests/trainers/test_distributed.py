@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The accelerate configurations, with two processes on CPUs: the same losses, checkpoints and resumption as with one.
 
 accelerate knows FSDP2 on accelerators only. Started as a program, this file therefore tells it that the CPU is one. It

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Adapters and 4-bit weights on the experts of real, tiny models: they arrive, they train, and they leave no trace."""
 
 import copy

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """GSM8K: its problems as prompts, and the rewards that any trainer of TRL may call."""
 
 import json

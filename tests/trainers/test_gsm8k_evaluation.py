@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Evaluation on GSM8K: its estimators, its graders beside lm-eval's, and a small model whose answers are known."""
 
 import itertools

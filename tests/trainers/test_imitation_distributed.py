@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Imitation in two processes: the updates of one that accumulates their unrolls. As a program, this file trains."""
 
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The evaluation of a checkpoint as a whole: what it measures, what it leaves on the disk, and what it refuses."""
 
 import csv

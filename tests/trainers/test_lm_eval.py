@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """EleutherAI's evaluation harness on a MoRE checkpoint, which agrees with our perplexity of the same text."""
 
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What rules converge to by which a map learns without a loss."""
 
 import pytest

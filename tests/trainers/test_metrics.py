@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The metrics, loaded from their files as `evaluate` loads any."""
 
 import math

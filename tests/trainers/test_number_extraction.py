@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The final number of a solution: which one counts, how it may be written, and that no text takes long."""
 
 import time

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A Trainer whose model has its experts in a store learns what one with all in memory learns, and resumes exactly."""
 
 import copy

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What is recorded of a policy is what it does when it is stepped by hand, and the measures are what they say."""
 
 import itertools

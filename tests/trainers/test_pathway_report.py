@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The page shows what was measured, opens without a network, and says what it would need to show more."""
 
 import base64

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Perplexity: against plain loops over the tokens, and against models whose perplexity is known."""
 
 import json

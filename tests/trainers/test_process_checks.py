@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What accelerate would do otherwise than it was told to, without a word, is refused before any work."""
 
 import importlib.util

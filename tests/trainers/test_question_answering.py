@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Questions put to a model: the same answers in any batch, and the likelihoods of a plain forward."""
 
 from dataclasses import replace

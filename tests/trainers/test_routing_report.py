@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 import csv
 import html
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Mixtures of experts under ZeRO-3: what DeepSpeed does to experts without tokens, and what is refused beforehand.
 
 Started as a program, this file trains a mixture under DeepSpeed and prints the gradients that its optimizer was given.
