@@ -157,10 +157,12 @@ def measure(results: dict, reference: dict[str, float], areas: dict[str, float])
     layers = results["specialisation"] if results["settings"]["agent"]["dense"] is None else []
     switches = [switch for switch in results["switches"] if "acting_hit_rate" in switch]
     memory = results["memory"]
-    learned = [metrics["scores"][n + 1][results["games"].index(phase[0])] for n, phase in enumerate(results["phases"])]
+    scores = [metrics["scores"][n + 1][results["games"].index(phase[0])] for n, phase in enumerate(results["phases"])]
+    # Games without a scale have no score.
+    learned = [score for score in scores if score is not None]
     return {
         "final": metrics["final_score"],
-        "learned": statistics.mean(learned) if len(results["phases"]) > 1 else None,
+        "learned": statistics.mean(learned) if learned and len(results["phases"]) > 1 else None,
         "forgetting": metrics.get("average_forgetting"),
         "forward": statistics.mean(transfers) if transfers and len(results["phases"]) > 1 else None,
         "information": statistics.mean(layer["normalised"] for layer in layers) if layers else None,

@@ -10,10 +10,10 @@ import numpy as np
 
 
 def normalise(returns: np.ndarray, random: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Returns `(..., games)` on a scale on which chance is 0 and `reference` 1; nan where these are alike."""
+    """Returns `(..., games)` on a scale on which chance is 0 and `reference` 1; nan where this is no better."""
     span = np.asarray(reference, dtype=float) - random
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(np.abs(span) > 1e-9, (np.asarray(returns) - random) / span, np.nan)
+        return np.where(span > 1e-9, (np.asarray(returns) - random) / span, np.nan)
 
 
 def own_reference(returns: np.ndarray, trained: Sequence[int]) -> np.ndarray:

@@ -7,9 +7,12 @@ import numpy as np
 
 from .continual_log import METRICS, read_lines
 from .continual_results import RESULTS
-from .report_page import LAYOUT, PALETTE, plot, section, table, write_page
+from .report_page import LAYOUT, PALETTE, SCALE, plot, section, table, write_page
 
 _COLOURS = [f"#{colour}" for colour in PALETTE.split()]
+_LINES = LAYOUT | {
+    "height": 300, "margin": {"l": 60, "r": 10, "t": 10, "b": 50}, "xaxis": {"title": {"text": "step"}}
+}  # fmt: skip
 _RATES = {
     "store/acting/hit_rate": "acting, fast tier",
     "store/updating/hit_rate": "updating, fast tier",
@@ -56,19 +59,25 @@ def _retention(results: dict) -> str:
         "data": [
             {
                 "type": "heatmap",
-                "z": np.clip(scores, -0.5, 1.5).tolist(),
+                # A cell without a value would not show its text either.
+                "z": np.nan_to_num(scores).clip(0, 1).tolist(),
                 "x": games,
                 "y": rows,
-                "zmin": -0.2,
-                "zmax": 1.2,
-                "colorscale": "RdYlGn",
+                "zmin": 0,
+                "zmax": 1,
+                "colorscale": SCALE,
                 "text": [[f"{value:.1f}" for value in row] for row in returns],
                 "texttemplate": "%{text}",
                 "hoverinfo": "none",
                 "colorbar": {"title": {"text": "score"}},
             }  # fmt: skip
         ],
-        "layout": LAYOUT | {"height": 120 + 44 * len(rows), "yaxis": {"autorange": "reversed", "automargin": True}},
+        "layout": LAYOUT
+        | {
+            "height": 60 + 36 * len(rows),
+            "margin": {"l": 10, "r": 10, "t": 10, "b": 50},
+            "yaxis": {"autorange": "reversed", "automargin": True},
+        },
     }
     named = {
         "average_forgetting": "average forgetting",
@@ -78,7 +87,7 @@ def _retention(results: dict) -> str:
     figures = [[label, f"{metrics[name]:.2f}"] for name, label in named.items() if metrics.get(name) is not None]
     sentence = (
         "Raw return on each game (columns) after each phase (rows); colour is the score, 0 for random actions and 1 "
-        "for the agent as it had just learned the game."
+        "for the agent as it had just learned the game. Games that it learned no better than chance have no score."
     )
     return section("What was kept", sentence, plot("retention", figure), table(["", "score"], figures))
 
@@ -100,7 +109,7 @@ def _learning(lines: list[dict]) -> str:
                 "line": {"color": _COLOURS[number % len(_COLOURS)]},
             }  # fmt: skip
         )
-    layout = LAYOUT | {"height": 340, "xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "return"}}}
+    layout = _LINES | {"yaxis": {"title": {"text": "return"}}}
     return section(
         "How it was learned", "Raw return of the last hundred episodes of the game under way.",
         plot("learning", {"data": traces, "layout": layout}),
@@ -139,9 +148,7 @@ def _store(lines: list[dict], results: dict) -> list[str]:
         {"type": "line", "x0": step, "x1": step, "y0": 0, "y1": 1, "line": {"color": "#999", "dash": "dot"}}
         for step in changes
     ]
-    layout = LAYOUT | {
-        "height": 340, "shapes": marks, "xaxis": {"title": {"text": "step"}}, "yaxis": {"range": [0, 1.02]}
-    }  # fmt: skip
+    layout = _LINES | {"shapes": marks, "yaxis": {"range": [0, 1.02]}}
     parts = [
         section(
             "Where the experts were",
@@ -150,10 +157,10 @@ def _store(lines: list[dict], results: dict) -> list[str]:
         )  # fmt: skip
     ]
     columns = {
-        "stall_ms": "stall at the change, ms", "stall_ms_per_update": "stall of an update, ms",
-        "updates_until_warm": "updates until warm", "seconds_until_warm": "seconds until warm",
-        "lead_ms": "lead of the forecast, ms", "detector_recall": "foretold by the detector",
-        "recency_recall": "foretold by recency",
+        "stall_ms": "stall at change, ms", "stall_ms_per_update": "of an update, ms",
+        "updates_until_warm": "updates until warm", "seconds_until_warm": "seconds",
+        "lead_ms": "forecast ahead, ms", "detector_recall": "by the detector",
+        "recency_recall": "by recency",
     }  # fmt: skip
     rows = [
         ["+".join(switch["games"]), *(f"{switch[name]:.2f}" if name in switch else "-" for name in columns)]
@@ -183,14 +190,15 @@ def _experts(results: dict) -> list[str]:
         figure = {
             "data": [
                 {
-                    "type": "heatmap", "z": own[:, order].tolist(), "y": results["games"], "colorscale": "Blues",
+                    "type": "heatmap", "z": own[:, order].tolist(), "y": results["games"], "colorscale": SCALE,
                     "x": [str(expert) for expert in order],
                     "hovertemplate": "expert %{x}, %{y}: %{z:.1%}<extra></extra>",
                 }  # fmt: skip
             ],
             "layout": LAYOUT | {
-                "height": 110 + 26 * len(results["games"]), "title": {"text": f"layer {layer}"},
-                "xaxis": {"type": "category", "showticklabels": False}, "yaxis": {"automargin": True},
+                "height": 50 + 26 * len(results["games"]), "margin": {"l": 10, "r": 10, "t": 40, "b": 10},
+                "title": {"text": f"layer {layer}"}, "yaxis": {"automargin": True, "autorange": "reversed"},
+                "xaxis": {"type": "category", "showticklabels": False, "ticks": ""},
             },
         }  # fmt: skip
         plots.append(plot(f"experts of layer {layer}", figure))

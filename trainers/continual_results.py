@@ -124,7 +124,7 @@ def learning_areas(results: dict, scale: np.ndarray) -> dict[str, float]:
     areas = {}
     for number, game in enumerate(games):
         own = [point for point in results["curves"] if point["game"] == game]
-        if not own or abs(scale[number] - random[number]) < 1e-9:
+        if not own or scale[number] - random[number] <= 1e-9:
             continue
         phase = own[0]["phase"]
         own = [point for point in own if point["phase"] == phase]

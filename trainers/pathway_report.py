@@ -18,11 +18,10 @@ from .pathway_analysis import (
 )
 from .pathway_film import expert_colours, expert_name, film_part, legend_group
 from .policy_evaluation import ALL_LEVELS
-from .report_page import HOVER, LAYOUT, PALETTE, choice, count, plot, section, table, write_page
+from .report_page import HOVER, LAYOUT, PALETTE, SCALE, choice, count, plot, section, table, write_page
 
 NUMBERS = "pathways.json"
 ALL_TASKS = "all tasks"
-_SCALE = [[0, "#f7f9fb"], [0.5, "#8fb3d4"], [1, "#2f5d8a"]]
 
 
 def pathway_findings(
@@ -255,7 +254,7 @@ def _cells_trace(use: dict, layer: int, expert: int) -> dict:
         weights[y, x] = cell["weights"][layer][expert]
         hover[y, x] = f"column {x}, row {y}: {weights[y, x]:.1%} in {count(cell['steps'], 'step')}"
     trace = {"type": "heatmap", "z": weights.tolist(), "customdata": hover.tolist(), "hovertemplate": HOVER}
-    return trace | {"colorscale": _SCALE, "xgap": 1, "ygap": 1}
+    return trace | {"colorscale": SCALE, "xgap": 1, "ygap": 1}
 
 
 def _complexity_section(findings: dict) -> str:
@@ -353,7 +352,7 @@ def _distinctness_section(findings: dict) -> str:
         f"layers: 0 is the same pathway, 1 shares no expert. The mean over all pairs is {layers}."
     )
     names = [_short(row["group"]) for row in findings["use_by_task"]]
-    trace = {"type": "heatmap", "x": names, "y": names, "z": distinctness["between"], "colorscale": _SCALE}
+    trace = {"type": "heatmap", "x": names, "y": names, "z": distinctness["between"], "colorscale": SCALE}
     trace |= {"zmin": 0, "xgap": 2, "ygap": 2}
     trace |= {"texttemplate": "%{z:.2~g}", "hovertemplate": "%{y} and %{x}: %{z:.5f}<extra></extra>"}
     trace |= {"colorbar": {"thickness": 12, "outlinewidth": 0, "tickformat": ".2~g"}}

@@ -17,6 +17,8 @@ LAYOUT = {
     "plot_bgcolor": "rgba(0,0,0,0)",
     "hoverlabel": {"align": "left", "bgcolor": "white", "bordercolor": "#bbb", "font": {"color": "#222"}},
 }
+# From little to much.
+SCALE = [[0, "#f7f9fb"], [0.5, "#8fb3d4"], [1, "#2f5d8a"]]
 HOVER = "%{customdata}<extra></extra>"
 _PAGE = Template("""<!doctype html>
 <html lang="en">

@@ -22,7 +22,7 @@ from ..modeling.routing_statistics import (
     expert_counts,
     token_entropies,
 )
-from .report_page import HOVER, LAYOUT, PALETTE, count, plot, rgba, section, write_page
+from .report_page import HOVER, LAYOUT, PALETTE, SCALE, count, plot, rgba, section, write_page
 from .routes import Routes
 
 
@@ -275,7 +275,7 @@ def _heatmap(values: list[list[float]], hover: list[list[str]], routes: Routes, 
         "y": [f"layer {layer.layer}" for layer in routes.layers],
         "customdata": hover,
         "hovertemplate": HOVER,
-        "colorscale": [[0, "#f7f9fb"], [0.5, "#8fb3d4"], [1, "#2f5d8a"]],
+        "colorscale": SCALE,
         "colorbar": {"thickness": 12, "outlinewidth": 0},
         "xgap": 2,
         "ygap": 2,

@@ -23,6 +23,8 @@ def test_returns_are_put_on_a_scale_from_chance_to_the_reference():
     random, reference = np.array([-5.0, 0.0, 3.0]), np.array([5.0, 2.0, 3.0])
     scores = normalise(np.array([[0.0, 1.0, 9.0]]), random, reference)
     assert scores[0, :2].tolist() == [0.5, 0.5] and np.isnan(scores[0, 2])
+    # Who plays worse than chance sets no scale: its losses would count as gains.
+    assert np.isnan(normalise(np.array([0.0]), np.array([2.0]), np.array([1.0])))
     # Games with negative returns are no exception.
     assert normalise(np.array([-20.0]), np.array([-21.0]), np.array([-19.0])) == 0.5
 
