@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from tempfile import mkdtemp
 
 TRAINERS = {
     "PPOTrainer": "mixturekit",
@@ -213,7 +214,7 @@ def new_trl_trainer(arguments, clock: Clock):
     policy, tokenizer, adapter = build(arguments)
     steps = arguments.sequences // arguments.micro_batch
     options = {
-        "output_dir": "/tmp/ppo_step", "per_device_train_batch_size": arguments.micro_batch,
+        "output_dir": mkdtemp(), "per_device_train_batch_size": arguments.micro_batch,
         "gradient_accumulation_steps": steps, "num_iterations": arguments.epochs, "num_generations": 2,
         "max_completion_length": arguments.completion_length, "beta": 0.05, "learning_rate": 1e-5,
         "max_steps": arguments.epochs * (1 + arguments.rollouts), "report_to": [], "save_strategy": "no",
@@ -287,7 +288,7 @@ def old_trl_trainer(arguments, clock: Clock):
             self.backbone, self.score = Backbone(), torch.nn.Identity()
 
     config = PPOConfig(
-        output_dir="/tmp/ppo_step",
+        output_dir=mkdtemp(),
         per_device_train_batch_size=arguments.micro_batch,
         gradient_accumulation_steps=arguments.sequences // arguments.micro_batch,
         num_mini_batches=1,
