@@ -187,7 +187,7 @@ class ExpertAttention:
 
     def _to_sequences(self, rows: torch.Tensor) -> torch.Tensor:
         # Pairs whose expert is on another process have no row; nothing here attends to their zeros.
-        states = rows.new_zeros(self.routes.numel(), *rows.shape[1:]).index_copy(0, self.order, rows)
+        states = rows.new_zeros(self.routes.numel(), *rows.shape[1:]).index_copy_(0, self.order, rows)
         states = states.view(*self.routes.shape, *rows.shape[1:])
         return states.permute(0, 2, 3, 1, 4)  # (batch, slots, heads, seq, head_dim)
 

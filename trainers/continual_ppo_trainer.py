@@ -243,7 +243,7 @@ class ContinualPpoTrainer:
 
     def _minibatch(self, batch: Segments) -> dict[str, Tensor]:
         config = self.config
-        with expert_inputs(self.experts.modules) as seen:
+        with expert_inputs(self.experts.modules if config.learns_locally else ()) as seen:
             outputs = self.agent(
                 **batch.inputs, state=batch.state, output_router_logits=True, output_router_indices=True
             )
