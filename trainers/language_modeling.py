@@ -282,10 +282,7 @@ def _train_and_save(
     metrics["parameters"] = parameter_counts(trainer.model)["total"]
     metrics["steps"] = trainer.state.global_step
     if store is not None:
-        metrics |= {f"store_{name}": value for name, value in store.stats.as_dict().items()}
-        metrics |= {"store_bytes_read": store.files.bytes_read, "store_bytes_written": store.files.bytes_written}
-        if offload.store_trace:
-            store.save_trace(offload.store_trace)
+        metrics |= offload.store_metrics(store)
     trainer.save_metrics("eval", metrics)
     trainer.create_model_card()
     if config.push_to_hub:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..modeling.expert_files import MANIFEST
-from ..modeling.expert_store import ExpertStoreConfig
+from ..modeling.expert_store import ExpertStore, ExpertStoreConfig
 
 
 @dataclass
@@ -41,6 +41,13 @@ class OffloadArguments:
             record_trace=self.store_trace is not None,
             **options,
         )
+
+    def store_metrics(self, store: ExpertStore) -> dict[str, float]:
+        """What the store of a run has done, as metrics; its accesses are written if they were asked for."""
+        if self.store_trace:
+            store.save_trace(self.store_trace)
+        metrics = {f"store_{name}": value for name, value in store.stats.as_dict().items()}
+        return metrics | {"store_bytes_read": store.files.bytes_read, "store_bytes_written": store.files.bytes_written}
 
     def clear_folder(self, overwrite: bool) -> None:
         """

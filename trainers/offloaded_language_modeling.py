@@ -82,9 +82,6 @@ def train_offloaded(
         trainer.save_model()
         trainer.save_state()
         metrics = trainer.evaluate() | {"parameters": model.num_parameters(), "steps": trainer.state.global_step}
-        metrics |= {f"store_{name}": value for name, value in store.stats.as_dict().items()}
-        metrics |= {"store_bytes_read": store.files.bytes_read, "store_bytes_written": store.files.bytes_written}
+        metrics |= offload.store_metrics(store)
         trainer.save_metrics("eval", metrics)
-        if offload.store_trace:
-            store.save_trace(offload.store_trace)
     return metrics
