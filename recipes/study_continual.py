@@ -9,13 +9,11 @@ game is what agents reach that learn this game alone, in runs of their own. Opti
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from mixturekit.trainers.study import configured, draw_measures, print_measures, run_folder, summary, train_runs
 
 RECIPES = Path(__file__).resolve().parent
 STORE = ["--nvme_path", "{run}/store"]
@@ -39,20 +37,20 @@ ARMS = {
     # Environments that five games can share.
     "all games at once": [*STORE, *CONDITIONED, "--interleaved", "true", "--num_envs", "20"],
 }
-COLUMNS = {
-    "final": "score at the end",
-    "learned": "score when learned",
-    "forgetting": "forgetting",
-    "forward": "forward transfer",
-    "information": "information, of what is possible",
-    "acting": "hits, acting",
-    "updating": "hits, updating",
-    "memory": "fast memory, of all",
+MEASURES = {
+    "learned": "score of each game when it had just been learned, 0 for random actions and 1 for mastery",
+    "final": "score after the last game, mean over games",
+    "forgetting": "how much of their score games have lost since they were learned",
+    "forward_transfer": "how much sooner games are learned than alone, as Continual World defines it",
+    "information": "what experts tell about the game, above chance and of what is possible",
+    "acting_hits": "share of the experts asked for while acting that fast memory had",
+    "updating_hits": "the same while updating",
+    "fast_memory": "share of the experts that has room in fast memory",
 }
 
 
 def main() -> None:
-    """Trains what is missing, measures, prints and saves."""
+    """Trains what is missing, measures, prints, draws and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(RECIPES / "atari/study.yaml"), help="YAML of the training")
     parser.add_argument("--games", nargs="+", help="games; those of the configuration if unset")
@@ -62,60 +60,40 @@ def main() -> None:
     parser.add_argument("--output_dir", default="study_continual", help="folder of the runs and of study.json")
     arguments, options = parser.parse_known_args()
     folder, seeds = Path(arguments.output_dir), range(1, arguments.num_seeds + 1)
-    games = arguments.games or games_of(arguments.config)
+    games = arguments.games or configured(arguments.config, "games")
     runs = {single_run(folder, game, seed): ["--games", game, *CONDITIONED] for game in games for seed in seeds}
-    runs |= {
-        folder / f"{arm.replace(', ', '_').replace(' ', '-')}_{seed}": ["--games", *games, *ARMS[arm]]
-        for arm in arguments.arms
-        for seed in seeds
-    }
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for _ in pool.map(lambda run: train(run[0], [*run[1], *options], arguments.config), runs.items()):
-            pass
-    reference, areas = single_scores(folder, games, seeds)
-    rows = {}
     for arm in arguments.arms:
-        name = arm.replace(", ", "_").replace(" ", "-")
-        found = [measure(load(folder / f"{name}_{seed}"), reference, areas) for seed in seeds]
-        rows[arm] = {column: [one[column] for one in found if one[column] is not None] for column in COLUMNS}
-    verdicts = expected_results(rows)
-    report = {"settings": vars(arguments) | {"options": options}, "single": reference, "rows": rows}
+        for run in (run_folder(folder, arm, seed) for seed in seeds):
+            runs[run] = ["--games", *games, *(option.format(run=run) for option in ARMS[arm])]
+    runs = {run: [*chosen, "--seed", run.name.rpartition("_")[2], *options] for run, chosen in runs.items()}
+    train_runs(RECIPES / "train_atari.py", arguments.config, runs, has_finished, arguments.jobs)
+    for run in runs:
+        # Of a finished run nothing of the store is needed.
+        shutil.rmtree(run / "store", ignore_errors=True)
+    reference, areas = single_scores(folder, games, seeds)
+    found = {arm: [load(run_folder(folder, arm, seed)) for seed in seeds] for arm in arguments.arms}
+    measures = {}
+    for arm, results in found.items():
+        each = [measure(one, reference, areas) for one in results]
+        measures[arm] = {name: [one[name] for one in each if one[name] is not None] for name in MEASURES}
+    verdicts = expected_results(measures)
+    report = {"settings": vars(arguments) | {"options": options}, "single": reference, "measures": measures}
     (folder / "study.json").write_text(json.dumps(report | {"verdicts": verdicts}, indent=2) + "\n")
-    print_rows(rows, verdicts)
-    print(f"Figures: {folder / 'study.json'}; the runs are beside it.")
-
-
-def games_of(config: str) -> list[str]:
-    """The games that the configuration names."""
-    import yaml
-
-    return yaml.safe_load(Path(config).read_text(encoding="utf-8"))["games"]
+    print_measures(measures, MEASURES)
+    print_verdicts(verdicts)
+    draw_measures(measures, list(MEASURES), folder / "study.png")
+    draw_retention(found, reference, folder / "retention.png")
+    print(f"Figures: study.json, study.png and retention.png in {folder}; the runs are beside them.")
 
 
 def single_run(folder: Path, game: str, seed: int) -> Path:
     """Of an agent that learns one game alone."""
-    return folder / f"single_{game.replace(':', '-')}_{seed}"
+    return run_folder(folder, f"single {game}", seed)
 
 
-def train(run: Path, options: list[str], config: str) -> None:
-    """A run, unless it has finished."""
-    if (run / "continual_results.json").exists() and load(run)["finished"]:
-        return
-    options = [option.format(run=run) for option in options]
-    command = [sys.executable, str(RECIPES / "train_atari.py"), "--config", config, "--output_dir", str(run)]
-    resumed = ["--resume_from_checkpoint", "last"] if list(run.glob("checkpoint-*")) else ["--overwrite_output_dir"]
-    seed = run.name.rpartition("_")[2]
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / "train.log").open("a") as log:
-        finished = subprocess.run(
-            [*command, "--seed", seed, *options, *resumed], stdout=log, stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-    if finished.returncode:
-        sys.exit(f"{run} has failed; see {run / 'train.log'}")
-    # Of a finished run nothing of the store is needed.
-    shutil.rmtree(run / "store", ignore_errors=True)
-    print(f"{run.name} is done", flush=True)
+def has_finished(run: Path) -> bool:
+    """Whether an agent has learned all its games."""
+    return (run / "continual_results.json").exists() and load(run)["finished"]
 
 
 def load(run: Path) -> dict:
@@ -161,70 +139,91 @@ def measure(results: dict, reference: dict[str, float], areas: dict[str, float])
     # Games without a scale have no score.
     learned = [score for score in scores if score is not None]
     return {
-        "final": metrics["final_score"],
         "learned": statistics.mean(learned) if learned and len(results["phases"]) > 1 else None,
+        "final": metrics["final_score"],
         "forgetting": metrics.get("average_forgetting"),
-        "forward": statistics.mean(transfers) if transfers and len(results["phases"]) > 1 else None,
+        "forward_transfer": statistics.mean(transfers) if transfers and len(results["phases"]) > 1 else None,
         "information": statistics.mean(layer["normalised"] for layer in layers) if layers else None,
-        "acting": statistics.mean(switch["acting_hit_rate"] for switch in switches) if switches else None,
-        "updating": statistics.mean(switch["updating_hit_rate"] for switch in switches) if switches else None,
-        "memory": memory["fast_bytes"] / memory["all_bytes"] if switches else None,
+        "acting_hits": statistics.mean(switch["acting_hit_rate"] for switch in switches) if switches else None,
+        "updating_hits": statistics.mean(switch["updating_hit_rate"] for switch in switches) if switches else None,
+        "fast_memory": memory["fast_bytes"] / memory["all_bytes"] if switches else None,
     }
 
 
-def expected_results(rows: dict[str, dict[str, list[float]]]) -> dict[str, dict]:
-    """The four results that were expected of experts in tiers, what was measured, and whether it held."""
-    experts = rows.get("experts")
+def expected_results(measures: dict[str, dict[str, list[float]]]) -> dict[str, dict]:
+    """
+    The four results that were expected of experts in tiers, what was measured, and whether it held.
+
+    Of forgetting something is claimed only where no seed contradicts it.
+    """
+    experts = measures.get("experts")
     if experts is None:
         return {}
-    mean = {column: statistics.mean(values) if values else None for column, values in experts.items()}
-    dense = {arm: statistics.mean(row["forgetting"]) for arm, row in rows.items() if arm.startswith("dense")}
-    accesses = [min(pair) for pair in zip(experts["acting"], experts["updating"], strict=True)]
+    mean = {name: statistics.mean(values) if values else None for name, values in experts.items()}
+    dense = {arm: row["forgetting"] for arm, row in measures.items() if arm.startswith("dense")}
+    accesses = [min(pair) for pair in zip(experts["acting_hits"], experts["updating_hits"], strict=True)]
     verdicts = {
         "more than 80 % of accesses hit the fast tier": (
-            f"acting {mean['acting']:.1%}, updating {mean['updating']:.1%}", statistics.mean(accesses) > 0.8
+            f"acting {mean['acting_hits']:.1%}, updating {mean['updating_hits']:.1%}", statistics.mean(accesses) > 0.8
         ),
         "experts specialise in games": (
             f"{mean['information']:.1%} of the possible information above chance", mean["information"] > 0.1
         ),
-        "fast memory holds a part of the experts": (f"{mean['memory']:.1%} of them", mean["memory"] < 0.5),
+        "fast memory holds a part of the experts": (f"{mean['fast_memory']:.1%} of them", mean["fast_memory"] < 0.5),
     }  # fmt: skip
     if dense:
-        others = ", ".join(f"{value:.2f} {arm}" for arm, value in dense.items())
-        less = all(mean["forgetting"] < value for value in dense.values())
-        verdicts["less is forgotten than by dense agents"] = (f"{mean['forgetting']:.2f} against {others}", less)
+        others = ", ".join(f"{summary(values)} {arm}" for arm, values in dense.items())
+        less = all(max(experts["forgetting"]) < min(values) for values in dense.values())
+        verdicts["less is forgotten than by dense agents"] = (
+            f"{summary(experts['forgetting'])} against {others}",
+            less,
+        )
     return {name: {"measured": measured, "held": held} for name, (measured, held) in verdicts.items()}
 
 
-def print_rows(rows: dict[str, dict[str, list[float]]], verdicts: dict[str, dict]) -> None:
-    """The table, means and standard deviations over seeds, and what held."""
-    from rich.console import Console
+def print_verdicts(verdicts: dict[str, dict]) -> None:
+    """What was expected, and what held."""
     from rich.table import Table
 
-    table = Table(title="Mean over seeds, with standard deviation")
-    table.add_column("agent")
-    for title in COLUMNS.values():
-        table.add_column(title, justify="right")
-    for arm, row in rows.items():
-        table.add_row(arm, *(_spread(row[column]) for column in COLUMNS))
-    expected = Table(title="What was expected")
+    from mixturekit.trainers.wide_console import wide_console
+
+    table = Table(title="What was expected")
     for title in ("expected", "measured", "held"):
-        expected.add_column(title)
+        table.add_column(title)
     for name, verdict in verdicts.items():
-        expected.add_row(name, verdict["measured"], "yes" if verdict["held"] else "no")
-    console = Console()
-    if not console.is_terminal:
-        # A log has no width, and rich would take 80 columns.
-        console.width = 170
-    console.print(table)
-    console.print(expected)
+        table.add_row(name, verdict["measured"], "yes" if verdict["held"] else "no")
+    wide_console(200).print(table)
 
 
-def _spread(values: list[float]) -> str:
-    if not values:
-        return "-"
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
+def draw_retention(found: dict[str, list[dict]], reference: dict[str, float], path: Path) -> None:
+    """Draws the score on each game after each phase, mean over seeds, a matrix for each agent, as a PNG file."""
+    import matplotlib
+    import numpy as np
+
+    from mixturekit.trainers.continual_results import retention_metrics
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    wide = min(4, len(found))
+    tall = -(-len(found) // wide)
+    figure, axes = pyplot.subplots(tall, wide, figsize=(3.4 * wide, 3 * tall), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(found) :]:
+        axis.set_axis_off()
+    for axis, (arm, results) in zip(axes.flat, found.items(), strict=False):
+        scores = np.mean([np.array(retention_metrics(one, reference)["scores"], float) for one in results], axis=0)
+        games = [game.rpartition(":")[2] for game in results[0]["games"]]
+        phases = ["+".join(game.rpartition(":")[2] for game in phase) for phase in results[0]["phases"]]
+        image = axis.imshow(scores, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        for row, column in np.ndindex(scores.shape):
+            value = scores[row, column]
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black")
+        axis.set_xticks(range(len(games)), games)
+        axis.set_yticks(range(len(phases) + 1), ["before", *(phase if len(phase) < 16 else "all" for phase in phases)])
+        axis.set_title(arm, fontsize=10)
+    figure.colorbar(image, ax=axes, label="score on each game (columns) after each phase (rows)", shrink=0.5)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ stopped. Options that are not known here go to `recipes/train_babyai.py`.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from mixturekit.trainers.study import configured, draw_measures, print_measures, run_folder, train_runs
 
 RECIPES = Path(__file__).resolve().parent
 FREE, PAID = ["--routing_cost_coef", "0"], ["--routing_cost_coef"]
@@ -67,22 +65,15 @@ def main() -> None:
         parser.error(f"--num_seeds is {arguments.num_seeds}: consistency is between at least 2.")
     folder = Path(arguments.output_dir)
     runs = planned_runs(folder, arguments)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for _ in pool.map(lambda run: train(run[0], [*run[1], *options], arguments.config), runs.items()):
-            pass
+    runs = {run: [*chosen, *options] for run, chosen in runs.items()}
+    train_runs(RECIPES / "train_babyai.py", arguments.config, runs, has_finished, arguments.jobs)
     rows = measure(folder, arguments)
     (folder / "study.json").write_text(json.dumps({"settings": vars(arguments), "rows": rows}, indent=2))
-    print_table(rows)
+    measures = {way: {name: values_of(rows, way, name) for name in MEASURES} for way in ARMS}
+    print_measures(measures, MEASURES)
     print_contrasts(rows)
-    draw(rows, folder / "study.png")
+    draw_measures(measures, list(MEASURES), folder / "study.png")
     print(f"Figures: {folder / 'study.json'} and {folder / 'study.png'}; the policies are beside them.")
-
-
-def levels_of(config: str) -> list[str]:
-    """The levels that the configuration names."""
-    import yaml
-
-    return yaml.safe_load(Path(config).read_text(encoding="utf-8"))["env_id"]
 
 
 def planned_runs(folder: Path, arguments) -> dict[Path, list[str]]:
@@ -94,30 +85,15 @@ def planned_runs(folder: Path, arguments) -> dict[Path, list[str]]:
             if PAID is parts[0]:
                 chosen.insert(1, str(arguments.routing_cost_coef))
             runs[run_folder(folder, name, seed)] = [*chosen, "--seed", str(seed)]
-        for level in levels_of(arguments.config):
+        for level in configured(arguments.config, "env_id"):
             alone = ["--env_id", level, "--mop_layers", "64", "--max_steps", str(arguments.difficulty_steps)]
             runs[run_folder(folder, level, seed)] = [*alone, *FREE, *KEPT, "--seed", str(seed)]
     return runs
 
 
-def run_folder(folder: Path, name: str, seed: int) -> Path:
-    """Where a run is: by the name of its way or level, and its seed."""
-    return folder / f"{name.replace(', ', '_')}-{seed}"
-
-
-def train(run: Path, options: list[str], config: str) -> None:
-    """Trains on one core unless it has been; what it prints goes to a file beside the run."""
-    if (run / "eval_results.json").exists():
-        return
-    print(f"training {run.name}", flush=True)
-    run.parent.mkdir(parents=True, exist_ok=True)
-    log = run.parent / f"{run.name}.log"
-    line = [sys.executable, str(RECIPES / "train_babyai.py"), "--config", config, "--output_dir", str(run)]
-    with open(log, "w", encoding="utf-8") as file:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        line += ["--overwrite_output_dir", *options]
-        if subprocess.run(line, stdout=file, stderr=file, env=environment).returncode:
-            raise SystemExit(f"{' '.join(line)} failed; see {log}")
+def has_finished(run: Path) -> bool:
+    """Whether a policy has been trained and judged."""
+    return (run / "eval_results.json").exists()
 
 
 def measure(folder: Path, arguments) -> list[dict]:
@@ -131,7 +107,7 @@ def measure(folder: Path, arguments) -> list[dict]:
         task_difficulty,
     )
 
-    levels, seeds = levels_of(arguments.config), range(arguments.num_seeds)
+    levels, seeds = configured(arguments.config, "env_id"), range(arguments.num_seeds)
     alone = [TrainingRun.read(run_folder(folder, level, seed)) for level in levels for seed in seeds]
     difficulty = task_difficulty(alone, arguments.difficulty_threshold)
     rows = []
@@ -198,32 +174,6 @@ def values_of(rows: list[dict], way: str, measure_name: str) -> list[float]:
     return [row[measure_name] for row in rows if row["way"] == way and row[measure_name] is not None]
 
 
-def print_table(rows: list[dict]) -> None:
-    """Prints mean, lowest and highest of every measure by way."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Mean over seeds (lowest to highest)")
-    table.add_column("way")
-    for name in MEASURES:
-        table.add_column(name, justify="right")
-    for way in ARMS:
-        cells = [values_of(rows, way, name) for name in MEASURES]
-        table.add_row(way, *(summary(cell) for cell in cells))
-    console = Console()
-    if not console.is_terminal:
-        # A log has no width, and rich would take 80 columns.
-        console.width = 200
-    console.print(table)
-    for name, meaning in MEASURES.items():
-        console.print(f"{name}: {meaning}")
-
-
-def summary(values: list[float]) -> str:
-    """Mean and range as text."""
-    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "-"
-
-
 def print_contrasts(rows: list[dict]) -> None:
     """Says what each bias changed by more than the seeds differ: all runs with it are above all without, or below."""
     print("What each bias changed; where the runs with and without it overlap, nothing is claimed:")
@@ -234,29 +184,6 @@ def print_contrasts(rows: list[dict]) -> None:
             if before and after and (min(after) > max(before) or max(after) < min(before)):
                 changes.append(f"{name} {statistics.mean(before):.2f} -> {statistics.mean(after):.2f}")
         print(f"  {bias} ({without} -> {having}): {'; '.join(changes) or 'nothing beyond the seeds'}")
-
-
-def draw(rows: list[dict], path: Path) -> None:
-    """Draws every measure by way, a dot for each seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(MEASURES), figsize=(2.6 * len(MEASURES), 3.4), sharey=True)
-    for axis, name in zip(axes, MEASURES, strict=True):
-        for place, way in enumerate(ARMS):
-            values = values_of(rows, way, name)
-            axis.scatter(values, [place] * len(values), s=18, alpha=0.6, color=f"C{place}")
-            if values:
-                axis.scatter([statistics.mean(values)], [place], marker="|", s=220, color=f"C{place}")
-        axis.set_title(name.replace("_", " "), fontsize=10)
-        axis.grid(alpha=0.3)
-    axes[0].set_yticks(range(len(ARMS)), list(ARMS))
-    axes[0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import PartialState
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModel
 
@@ -17,6 +16,7 @@ from .agent_evaluation_config import RESULTS, AgentEvaluationArguments
 from .atari_scores import human_normalised
 from .continual_ppo_trainer import expert_specialisation
 from .whole_files import write_whole_text
+from .wide_console import wide_console
 
 
 @contextmanager
@@ -95,8 +95,4 @@ def print_results(results: dict) -> None:
             f"{record['length']:.0f}",
             f"{100 * record['detector_accuracy']:.0f} %",
         )
-    console = Console()
-    if not console.is_terminal:
-        # A log has no width, and rich would take 80 columns.
-        console.width = 130
-    console.print(table)
+    wide_console(130).print(table)

@@ -9,10 +9,10 @@ from pathlib import Path
 import matplotlib
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
-from rich.console import Console
 from rich.table import Table
 
 from .task_data import BABI_TASKS, GENERATED
+from .wide_console import wide_console
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402, the backend that needs no screen comes first
@@ -58,11 +58,7 @@ def print_results(results: list[dict]) -> None:
         name = task if digits is None else f"{task}, {count_of(digits, 'digit')}{longer}"
         cells = [_cell(by_depth[depth]) if depth in by_depth else "-" for depth in depths]
         table.add_row(name, _title(metric), f"{first['count']:,}", *cells)
-    console = Console()
-    if not console.is_terminal:
-        # A log has no width, and rich would take 80 columns.
-        console.width = 160
-    console.print(table)
+    wide_console().print(table)
 
 
 def _title(metric: str) -> str:

@@ -19,7 +19,6 @@ import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from rich.console import Console
 from rich.table import Table
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -36,6 +35,7 @@ from .text_data import local_path
 from .tokenization import encode_answers, encode_prompts, load_tokenizer
 from .training_record import size_of
 from .whole_files import write_whole, write_whole_text
+from .wide_console import wide_console
 
 # Our own, and the two filters of lm-eval's task `gsm8k` (version 3).
 GRADERS = ("exact", "strict_match", "flexible_extract")
@@ -358,11 +358,7 @@ def print_results(records: list[dict]) -> None:
         by_grader = {record["grader"] or "exact": _cell(record) for record in row}
         cells = [by_grader.get(grader, "") for grader in GRADERS]
         table.add_row(decoding, metric.replace("_", " "), f"{row[0]['count']:,}", *cells)
-    console = Console()
-    if not console.is_terminal:
-        # A log has no width, and rich would take 80 columns.
-        console.width = 160
-    console.print(table)
+    wide_console().print(table)
 
 
 def _cell(record: dict) -> str:

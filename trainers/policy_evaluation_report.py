@@ -4,10 +4,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
-from rich.console import Console
 from rich.table import Table
 
 from .policy_evaluation import describe
+from .wide_console import wide_console
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402, the backend that needs no screen comes first
@@ -35,11 +35,7 @@ def print_results(results: list[dict]) -> None:
             _number(record["length_ratio"]),
             _number(record["routing_cost"]),
         )
-    console = Console()
-    if not console.is_terminal:
-        # A log has no width, and rich would take 80 columns.
-        console.width = 160
-    console.print(table)
+    wide_console().print(table)
 
 
 def _number(value: float | None) -> str:

@@ -328,8 +328,9 @@ def old_trl_trainer(arguments, clock: Clock):
 
 def print_table(runs: dict[str, list[dict]]) -> None:
     """Prints medians, and the ratios that matter."""
-    from rich.console import Console
     from rich.table import Table
+
+    from mixturekit.trainers.wide_console import wide_console
 
     table = Table(title="One rollout and its updates, median of the repeats")
     table.add_column("trainer")
@@ -342,10 +343,7 @@ def print_table(runs: dict[str, list[dict]]) -> None:
         rest = row["total"] - sum(row[phase] for phase in PHASES)
         seconds = [f"{value:.2f}" for value in (*(row[phase] for phase in PHASES), rest, row["total"])]
         table.add_row(name, *seconds, f"{row['peak']:,.0f}", f"{row['trained']:,}")
-    console = Console()
-    if not console.is_terminal:
-        # A log has no width, and rich would take 80 columns.
-        console.width = 160
+    console = wide_console()
     console.print(table)
     ours = [name for name in medians if name.startswith("PPOTrainer")]
     for name in ours:

@@ -9,10 +9,11 @@ import pytest
 from mixturekit.trainers.continual import load_agent_config
 from mixturekit.trainers.continual_ppo_config import AgentArguments, ContinualPpoConfig, GameArguments
 from mixturekit.trainers.recipe_parser import parse_recipe
+from mixturekit.trainers.study import configured
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 STUDY = runpy.run_path(str(RECIPES / "study_continual.py"))
-FIGURES = {"forgetting": 0.2, "acting": 0.9, "updating": 0.85, "information": 0.3, "memory": 0.4}
+FIGURES = {"forgetting": 0.2, "acting_hits": 0.9, "updating_hits": 0.85, "information": 0.3, "fast_memory": 0.4}
 
 
 @pytest.mark.parametrize("arm", STUDY["ARMS"])
@@ -22,7 +23,7 @@ def test_every_arm_is_an_agent_of_the_same_study(arm):
     agent, games, config = parse_recipe(types, ["--config", str(RECIPES / "atari/study.yaml"), *options])
     config.check_segments(games.num_envs)
     model = load_agent_config(agent, games.games)
-    assert games.games == STUDY["games_of"](RECIPES / "atari/study.yaml") == model.games
+    assert games.games == configured(RECIPES / "atari/study.yaml", "games") == model.games
     # Arms are compared in one thing each: whoever has experts has as many.
     assert model.num_experts == (1 if "dense, as" in arm else 32)
     assert games.interleaved == (arm == "all games at once")
@@ -39,9 +40,9 @@ def held(**changes):
 
 def test_verdicts_follow_the_figures():
     assert held() == [True, True, True, True]
-    assert held(updating=0.7) == [False, True, True, True]
+    assert held(updating_hits=0.7) == [False, True, True, True]
     assert held(information=0.05) == [True, False, True, True]
-    assert held(memory=1.0) == [True, True, False, True]
+    assert held(fast_memory=1.0) == [True, True, False, True]
     assert held(forgetting=0.3) == [True, True, True, False]
     assert STUDY["expected_results"]({}) == {}
 
@@ -51,7 +52,7 @@ def test_mastery_is_the_least_that_counts_as_one(tmp_path):
 
     def single(returns, random=-4.0):
         for seed, value in enumerate(returns):
-            run = tmp_path / f"single_builtin-catch_{seed}"
+            run = tmp_path / f"single-builtin-catch_{seed}"
             run.mkdir(exist_ok=True)
             results = {"games": ["builtin:catch"], "random_returns": [random], "curves": []}
             results["evaluations"] = [[{"return": random}], [{"return": value}]]

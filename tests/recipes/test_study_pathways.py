@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mixturekit.trainers.study import configured
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
@@ -45,7 +47,7 @@ def test_two_ways_that_are_compared_differ_in_the_bias_alone(study):
 
 
 def test_every_level_is_learned_alone_by_one_expert_without_biases(study):
-    for level in study["levels_of"](RECIPES / "babyai" / "study.yaml"):
+    for level in configured(RECIPES / "babyai" / "study.yaml", "env_id"):
         options = options_of(study, level)
         assert options["--env_id"] == level and options["--mop_layers"] == "64"
         assert options["--routing_cost_coef"] == options["--expert_dropout_max_prob"] == "0"
