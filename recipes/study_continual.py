@@ -18,6 +18,7 @@ from mixturekit.trainers.study import configured, draw_measures, print_measures,
 RECIPES = Path(__file__).resolve().parent
 STORE = ["--nvme_path", "{run}/store"]
 CONDITIONED = ["--routing_condition", "environment"]
+HEADS = ["--per_game_heads", "true", "--per_game_norm", "true"]
 ARMS = {
     "experts": [*STORE, *CONDITIONED],
     "experts, content only": [*STORE, "--routing_condition", "content"],
@@ -25,7 +26,7 @@ ARMS = {
     "experts, dense Adam": [*CONDITIONED, "--optimizer", "dense"],
     "experts, frozen after use": [*STORE, *CONDITIONED, "--freeze_experts", "true"],
     "experts, router frozen": [*STORE, *CONDITIONED, "--freeze_router", "after_first_game"],
-    "experts, heads by game": [*STORE, *CONDITIONED, "--per_game_heads", "true", "--per_game_norm", "true"],
+    "experts, heads by game": [*STORE, *CONDITIONED, *HEADS],
     "experts, replay": [*STORE, *CONDITIONED, "--replay_coef", "1.0"],
     "experts, EWC": [*STORE, *CONDITIONED, "--ewc_coef", "1000.0"],
     "experts, forward-forward": [*STORE, *CONDITIONED, "--expert_learning_rule", "forward_forward"],
@@ -34,9 +35,12 @@ ARMS = {
     "experts, as drawn": [*STORE, *CONDITIONED, "--expert_learning_rule", "none"],
     "dense, as many active": ["--dense", "active"],
     "dense, as many in total": ["--dense", "total"],
+    "dense, as many active, heads by game": ["--dense", "active", *HEADS],
+    "dense, as many in total, heads by game": ["--dense", "total", *HEADS],
     # Environments that five games can share.
     "all games at once": [*STORE, *CONDITIONED, "--interleaved", "true", "--num_envs", "20"],
 }
+DENSE = ("dense, as many active", "dense, as many in total")
 MEASURES = {
     "learned": "score of each game when it had just been learned, 0 for random actions and 1 for mastery",
     "final": "score after the last game, mean over games",
@@ -160,7 +164,6 @@ def expected_results(measures: dict[str, dict[str, list[float]]]) -> dict[str, d
     if experts is None:
         return {}
     mean = {name: statistics.mean(values) if values else None for name, values in experts.items()}
-    dense = {arm: row["forgetting"] for arm, row in measures.items() if arm.startswith("dense")}
     accesses = [min(pair) for pair in zip(experts["acting_hits"], experts["updating_hits"], strict=True)]
     verdicts = {
         "more than 80 % of accesses hit the fast tier": (
@@ -171,13 +174,14 @@ def expected_results(measures: dict[str, dict[str, list[float]]]) -> dict[str, d
         ),
         "fast memory holds a part of the experts": (f"{mean['fast_memory']:.1%} of them", mean["fast_memory"] < 0.5),
     }  # fmt: skip
-    if dense:
-        others = ", ".join(f"{summary(values)} {arm}" for arm, values in dense.items())
-        less = all(max(experts["forgetting"]) < min(values) for values in dense.values())
-        verdicts["less is forgotten than by dense agents"] = (
-            f"{summary(experts['forgetting'])} against {others}",
-            less,
-        )
+    for heads, addition in (("", ""), (", heads by game", ", all with heads by game")):
+        own = measures.get(f"experts{heads}")
+        dense = {arm: measures[arm]["forgetting"] for size in DENSE if (arm := size + heads) in measures}
+        if own and dense:
+            less = all(max(own["forgetting"]) < min(values) for values in dense.values())
+            others = ", ".join(f"{summary(values)} {arm}" for arm, values in dense.items())
+            measured = f"{summary(own['forgetting'])} against {others}"
+            verdicts[f"less is forgotten than by dense agents{addition}"] = (measured, less)
     return {name: {"measured": measured, "held": held} for name, (measured, held) in verdicts.items()}
 
 

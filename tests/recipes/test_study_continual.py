@@ -47,6 +47,16 @@ def test_verdicts_follow_the_figures():
     assert STUDY["expected_results"]({}) == {}
 
 
+def test_agents_with_heads_by_game_are_judged_among_themselves():
+    measures = rows() | {
+        "experts, heads by game": {"forgetting": [0.1, 0.2]},
+        "dense, as many active, heads by game": {"forgetting": [0.3, 0.15]},
+    }
+    verdicts = list(STUDY["expected_results"](measures).values())
+    assert [verdict["held"] for verdict in verdicts] == [True, True, True, True, False]
+    assert verdicts[-1]["measured"].startswith("0.15 (0.10 to 0.20) against 0.22 (0.15 to 0.30)")
+
+
 def test_mastery_is_the_least_that_counts_as_one(tmp_path):
     """Two agents that learned a game alone: 1 is their mean return, or that of one who has mastered it."""
 
