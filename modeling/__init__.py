@@ -21,7 +21,7 @@ MoreModel.register_for_auto_class("AutoModel")
 MoreForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 AutoConfig.register("mop", MopConfig, exist_ok=True)
-# Policies have no auto class of their own: `AutoModel` takes the first, unless the checkpoint names the second.
+# Policies have no auto class of their own: `AutoModel` takes the one that the configuration names.
 AutoModel.register(MopConfig, (MopForActionPrediction, MopModel), exist_ok=True)
 MopConfig.register_for_auto_class()
 MopModel.register_for_auto_class("AutoModel")

@@ -143,6 +143,8 @@ class MopConfig(PreTrainedConfig):
     expert_dropout_threshold: float = 0.1
 
     def __post_init__(self, **kwargs):
+        # Of two classes, which `AutoModel` takes for a new model.
+        self.architectures = self.architectures or ["MopForActionPrediction"]
         self.layers = parse_layers([[32, 64, 128], [64, 128, 256]] if self.layers is None else self.layers)
         self.cell_values = self.cell_values or [11, 6, 3]
         self.mission_vocabulary = self.mission_vocabulary or list(BABYAI_WORDS)

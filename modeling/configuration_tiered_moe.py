@@ -13,6 +13,8 @@ CHOICES = {
 }
 # Kernel and stride of each convolution, after Mnih et al. (2015).
 CONVOLUTIONS = ((8, 4), (4, 2), (3, 1))
+# The detector averages four by four pixels, and its kernel is five wide.
+SMALLEST_FRAME = 20
 
 
 @strict
@@ -102,6 +104,8 @@ class TieredMoeConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
 
     def __post_init__(self, **kwargs):
+        # Of two classes, which `AutoModel` takes for a new model.
+        self.architectures = self.architectures or ["TieredMoeForActorCritic"]
         self.games = self.games or ["game"]
         self.own_actions = self.own_actions or [list(range(self.num_actions)) for _ in self.games]
         self.encoder_channels = self.encoder_channels or [32, 64, 64]
@@ -140,6 +144,8 @@ class TieredMoeConfig(PreTrainedConfig):
             raise ValueError(f"`encoder_channels` is {self.encoder_channels}: give one to three numbers above 0.")
         if self.encoder_side < 1:
             raise ValueError(f"`frame_size` is {self.frame_size}, which leaves nothing after the convolutions.")
+        if self.frame_size < SMALLEST_FRAME:
+            raise ValueError(f"`frame_size` is {self.frame_size}, but the detector needs at least {SMALLEST_FRAME}.")
         if len(self.own_actions) != len(self.games):
             raise ValueError(f"`own_actions` has {len(self.own_actions)} lists for {len(self.games)} games.")
 

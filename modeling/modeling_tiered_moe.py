@@ -5,6 +5,7 @@ experts of a token, actions, games.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_tiered_moe import CONVOLUTIONS, TieredMoeConfig
 from .environment_detector import EnvironmentDetector
-from .routing import TopKRouter, balancing_loss
+from .routing import TopKRouter
 from .tiered_moe_state import TieredMoeState
 
 
@@ -196,6 +197,7 @@ class TieredMoePreTrainedModel(PreTrainedModel):
             for head, gain in ((module.action_head, 0.01), (module.value_head, 1.0)):
                 init.orthogonal_(head.weight, gain)
                 init.zeros_(head.bias)
+            init.copy_(module.action_masks, _action_masks(self.config))
 
 
 class TieredMoeModel(TieredMoePreTrainedModel):
@@ -316,10 +318,7 @@ class TieredMoeForActorCritic(TieredMoePreTrainedModel):
         heads = len(config.games) if config.per_game_heads else 1
         self.action_head = nn.Linear(config.hidden_size, heads * config.num_actions)
         self.value_head = nn.Linear(config.hidden_size, heads)
-        masks = torch.zeros(len(config.games), config.num_actions, dtype=torch.bool)
-        for game, actions in enumerate(config.own_actions):
-            masks[game, actions] = True
-        self.action_masks = nn.Buffer(masks)
+        self.action_masks = nn.Buffer(torch.empty(len(config.games), config.num_actions, dtype=torch.bool))
         self.post_init()
 
     @can_return_tuple
@@ -377,7 +376,11 @@ class TieredMoeForActorCritic(TieredMoePreTrainedModel):
             return logits.argmax(dim=-1), outputs.state
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1), outputs.state
 
-    def balancing_loss(self, outputs: TieredMoeActorCriticOutput) -> torch.Tensor:
+    def balancing_loss(
+        self,
+        outputs: TieredMoeActorCriticOutput,
+        mean_of_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """
         How unevenly experts are used (Fedus et al. 2021, arXiv:2101.03961), mean over layers; `top_k` is even.
 
@@ -386,21 +389,34 @@ class TieredMoeForActorCritic(TieredMoePreTrainedModel):
 
         Args:
             outputs ([`TieredMoeActorCriticOutput`]): With `router_logits` and `router_indices`.
+            mean_of_processes (`Callable`, *optional*): If given, the mean of a tensor over the processes that share a
+                batch; the mean of their gradients is then that of one process with all of it.
         """
         if self.config.router_balancing == "none":
             return outputs.values.new_zeros(())
+        shared = mean_of_processes or (lambda part: part)
+        num_experts = self.config.num_experts
+        scores = torch.stack(outputs.router_logits).float().softmax(dim=-1)
+        if self.config.router_balancing == "all_games":
+            usage = shared(self.model.detector.usage.sum(dim=0))
+            share = usage / usage.sum(dim=-1, keepdim=True).clamp(min=1e-9)
+            return num_experts * self.config.top_k * (scores.mean(dim=1) * share).sum(dim=-1).mean()
         games = outputs.environment_ids.repeat_interleave(self.config.tokens_per_step, dim=1).flatten()
-        losses = []
-        for layer, (logits, indices) in enumerate(zip(outputs.router_logits, outputs.router_indices, strict=True)):
-            if self.config.router_balancing == "game":
-                for game in games.unique():
-                    losses.append(balancing_loss(logits, indices, (games == game)[None]).mean())
-            else:
-                usage = self.model.detector.usage[:, layer].sum(dim=0)
-                share = usage / usage.sum().clamp(min=1e-9)
-                uneven = (logits.softmax(dim=-1).mean(dim=0) * share).sum()
-                losses.append(self.config.num_experts * self.config.top_k * uneven)
-        return torch.stack(losses).mean()
+        of_game = F.one_hot(games, len(self.config.games)).to(scores.dtype)
+        picked = F.one_hot(torch.stack(outputs.router_indices), num_experts).sum(dim=2).to(scores.dtype)
+        # (layers, games, experts), sums over tokens
+        load, tokens = shared(torch.einsum("tg,lte->lge", of_game, picked)), shared(of_game.sum(dim=0))
+        importance = torch.einsum("tg,lte->lge", of_game, scores)
+        uneven = num_experts * (load * importance).sum(dim=-1) / tokens.square().clamp(min=1e-9)
+        return uneven.mean(dim=0).sum() / (tokens > 0).sum()
+
+
+def _action_masks(config: TieredMoeConfig) -> torch.Tensor:
+    """Which actions each game has, `(games, actions)`."""
+    masks = torch.zeros(len(config.games), config.num_actions, dtype=torch.bool)
+    for game, actions in enumerate(config.own_actions):
+        masks[game, actions] = True
+    return masks
 
 
 __all__ = [

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel
 
 from mixturekit.modeling import TieredMoeConfig, TieredMoeForActorCritic, TieredMoeModel, TieredMoeState
 from mixturekit.modeling.expert_store import ExpertStoreConfig
-from mixturekit.modeling.offloaded_experts import load_offloaded, offload_experts
+from mixturekit.modeling.offloaded_experts import initialize_offloaded, load_offloaded, offload_experts
 
 SMALL = {
     "games": ["builtin:catch", "builtin:rally"],
@@ -167,6 +167,44 @@ def test_only_actions_of_the_game_are_drawn():
     drawn = agent(**steps).logits.softmax(dim=-1) > 0
     assert drawn[0].any(dim=0).nonzero().flatten().tolist() == [0, 3, 4]
     assert drawn[1].any(dim=0).nonzero().flatten().tolist() == [0, 2, 5]
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["in memory", "in a store"])
+def test_a_new_agent_knows_the_actions_of_its_games(stored, tmp_path):
+    config = TieredMoeConfig(**SMALL)
+    if stored:
+        agent, store = initialize_offloaded(config, ExpertStoreConfig(str(tmp_path), 4, 4), AutoModel)
+        store.close()
+    else:
+        agent = AutoModel.from_config(config)
+    assert type(agent) is TieredMoeForActorCritic
+    assert [mask.nonzero().flatten().tolist() for mask in agent.action_masks] == config.own_actions
+
+
+@pytest.mark.parametrize("balancing", ["game", "all_games"])
+def test_the_mean_balancing_loss_of_parts_has_the_gradients_of_the_whole(balancing):
+    """As of two processes with a row each, and each with a game of its own."""
+    agent, steps = lively_agent(router_balancing=balancing), play(batch=2)
+    agent.model.detector.usage.uniform_()
+
+    def outputs(rows):
+        return agent(
+            **{name: part[rows] for name, part in steps.items()}, output_router_logits=True, output_router_indices=True
+        )
+
+    agent.balancing_loss(outputs([0, 1])).backward()
+    wanted = {name: part.grad.clone() for name, part in agent.named_parameters() if part.grad is not None}
+    agent.zero_grad()
+    # What each process sends, before what it gets is the mean of them.
+    sent = ([], [])
+    for row, own in enumerate(sent):
+        agent.balancing_loss(outputs([row]), lambda part, own=own: own.append(part) or part)
+    for row in range(2):
+        means = iter([(one + two) / 2 for one, two in zip(*sent, strict=True)])
+        (agent.balancing_loss(outputs([row]), lambda _, means=means: next(means)) / 2).backward()
+    assert {"model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"} <= wanted.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(agent.get_parameter(name).grad, grad, rtol=1e-4, atol=1e-6)
 
 
 def test_balancing_is_even_within_a_game_whatever_other_games_use():
