@@ -28,14 +28,15 @@ def evaluate(arguments) -> None:
     from mixturekit.trainers.agent_video import film_agent
 
     torch.set_num_threads(arguments.num_threads)
-    with evaluated_agent(arguments) as agent:
-        print_results(evaluate_agent(agent, arguments))
+    with evaluated_agent(arguments) as (agent, store):
+        print_results(evaluate_agent(agent, store, arguments))
         print(f"Results: {Path(arguments.output_dir, RESULTS)}")
         if arguments.video:
             game = (arguments.games or agent.config.games)[0]
             played = film_agent(
-                agent, game, arguments.first_seed, arguments.video, arguments.video_steps, arguments.preprocessing
-            )
+                agent, game, arguments.first_seed, arguments.video, arguments.video_steps, arguments.preprocessing,
+                arguments.tell_game, arguments.deterministic,
+            )  # fmt: skip
             print(f"Video of {game}, return {played.returns[0]:g}: {arguments.video}")
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..modeling import TieredMoeForActorCritic
+from ..modeling import ExpertStore, TieredMoeForActorCritic
+from .agent_experts import prefetch_experts
 from .atari import GameEnvironments, own_actions
 from .game_rollout import GamePlayer
 
@@ -51,6 +52,7 @@ def play_episodes(
     deterministic: bool = False,
     num_threads: int | None = None,
     preprocessing: str = "current",
+    store: ExpertStore | None = None,
 ) -> PlayedEpisodes:
     """
     Lets an agent play, with the preprocessing of its training but without ends at lost lives.
@@ -64,6 +66,8 @@ def play_episodes(
         tell_game (`bool`, *optional*, defaults to `True`): Whether the agent is told which game it is.
         deterministic (`bool`, *optional*, defaults to `False`): The likeliest actions, or drawn ones.
         num_threads (`int`, *optional*), preprocessing (`str`, *optional*): As of [`GameEnvironments`].
+        store ([`ExpertStore`], *optional*): Of the agent's experts. If given, it is asked ahead for those that the
+            detector foretells as the game begins.
     """
     config, number = agent.config, agent.config.games.index(game)
     device = agent.action_head.weight.device
@@ -71,6 +75,9 @@ def play_episodes(
     generator = torch.Generator().manual_seed(seed)
     player = GamePlayer(agent, environments, torch.full((episodes,), number), generator, device)
     player.begin()
+    if store:
+        foretold = agent.model.detector.predict_experts(player.memory.frames.to(device), config.hbm_capacity)
+        prefetch_experts(store, foretold)
     counts = np.zeros((episodes, config.num_layers, config.num_experts), dtype=np.int64)
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
     running, named, was_training = np.ones(episodes, dtype=bool), [], agent.training
@@ -92,9 +99,11 @@ def play_episodes(
     return PlayedEpisodes(game, returns, lengths, counts, float(torch.stack(named).mean()))
 
 
-def play_at_random(game: str, episodes: int, seed: int, max_steps: int) -> PlayedEpisodes:
+def play_at_random(
+    game: str, episodes: int, seed: int, max_steps: int, preprocessing: str = "current"
+) -> PlayedEpisodes:
     """Draws evenly from the actions that do something; arguments as of [`play_episodes`]."""
-    environments = GameEnvironments([game], episodes, seed, num_threads=1)
+    environments = GameEnvironments([game], episodes, seed, preprocessing, num_threads=1)
     environments.reset()
     random, actions = np.random.default_rng(seed), own_actions(game)
     returns, lengths, running = np.zeros(episodes), np.zeros(episodes, dtype=np.int64), np.ones(episodes, dtype=bool)

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from rich.table import Table
 from transformers import AutoConfig, AutoModel
 
-from ..modeling import ExpertStoreConfig, TieredMoeForActorCritic, load_offloaded
+from ..modeling import ExpertStore, ExpertStoreConfig, TieredMoeForActorCritic, load_offloaded
 from .agent_evaluation import play_at_random, play_episodes
 from .agent_evaluation_config import RESULTS, AgentEvaluationArguments
 from .atari_scores import human_normalised
@@ -22,7 +22,7 @@ from .wide_console import wide_console
 @contextmanager
 def evaluated_agent(arguments: AgentEvaluationArguments):
     """
-    The agent in evaluation mode, with its experts where they are wanted, for the time of a block.
+    The agent in evaluation mode and the store of its experts, if they are wanted in one, for the time of a block.
 
     Raises:
         ValueError: If there is no such agent, or it does not know a game.
@@ -39,27 +39,31 @@ def evaluated_agent(arguments: AgentEvaluationArguments):
         raise ValueError(f"{source} knows the games {', '.join(config.games)}, and not {', '.join(unknown)}.")
     device = PartialState(cpu=arguments.use_cpu).device
     if arguments.nvme_path is None:
-        yield AutoModel.from_pretrained(source).to(device).eval()
+        yield AutoModel.from_pretrained(source).to(device).eval(), None
         return
     store_config = ExpertStoreConfig(
         arguments.nvme_path, min(config.hbm_capacity, config.num_experts), config.dram_capacity, training=False
     )
     agent, store = load_offloaded(source, store_config, AutoModel, str(device))
     with store:
-        yield agent.eval()
+        yield agent.eval(), store
 
 
-def evaluate_agent(agent: TieredMoeForActorCritic, arguments: AgentEvaluationArguments) -> dict:
-    """Plays all games, and returns and saves what `eval_results.json` has."""
+def evaluate_agent(
+    agent: TieredMoeForActorCritic, store: ExpertStore | None, arguments: AgentEvaluationArguments
+) -> dict:
+    """Plays all games, with the experts in `store` if there is one; returns and saves what `eval_results.json` has."""
     started = time.perf_counter()
     games = arguments.games or agent.config.games
     played, records = [], []
     for game in games:
         episodes = play_episodes(
             agent, game, arguments.num_episodes, arguments.first_seed, arguments.max_steps, arguments.tell_game,
-            arguments.deterministic, preprocessing=arguments.preprocessing,
+            arguments.deterministic, preprocessing=arguments.preprocessing, store=store,
         )  # fmt: skip
-        chance = play_at_random(game, arguments.num_episodes, arguments.first_seed, arguments.max_steps)
+        chance = play_at_random(
+            game, arguments.num_episodes, arguments.first_seed, arguments.max_steps, arguments.preprocessing
+        )
         played.append(episodes)
         record = episodes.record() | {"random_return": float(chance.returns.mean())}
         records.append(record | {"human_normalised": human_normalised(game, record["return"])})

@@ -2,7 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,12 +12,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel
 
-from ..modeling import ExpertStore, ExpertStoreConfig, LazyAdamW, TieredMoeConfig, TieredMoeForActorCritic
+from ..modeling import (
+    ExpertStore,
+    ExpertStoreConfig,
+    LazyAdamW,
+    TieredMoeConfig,
+    TieredMoeForActorCritic,
+    initialize_offloaded,
+    load_offloaded,
+)
 from ..modeling.expert_files import MANIFEST
 from ..modeling.expert_statistics import StoreStats
 from ..modeling.lazy_adamw import clip_grad_norm_
 from ..modeling.lazy_adamw_in_memory import InMemoryLazyAdamW
-from ..modeling.offloaded_experts import offload_experts
 from .checkpoints import EXPERTS
 from .continual_ppo_config import AgentArguments, ContinualPpoConfig
 
@@ -128,10 +137,23 @@ class AgentExperts:
         if self.store:
             self.store.set_task(task)
 
-    def prefetch(self, experts: Tensor) -> None:
-        """Asks for experts `(layers, count)`; -1 is none."""
-        for layer, wanted in enumerate(experts.tolist()):
-            self.store.prefetch(layer, [expert for expert in wanted if expert >= 0])
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """What is played here counts nowhere, and leaves in the fast tier what it has found there."""
+        if not self.store:
+            yield
+            return
+        task, layers = self.store.task, range(len(self.modules))
+        present = [self.store.resident(layer) for layer in layers]
+        self.set_task("evaluation")
+        try:
+            yield
+        finally:
+            self.set_task(task)
+            for layer in layers:
+                with self.store.held(layer, sorted(present[layer]), counted=False):
+                    pass
+            self.take_stats()
 
     def take_stats(self) -> dict[str, float]:
         """What the store has done since the last call; empty without one."""
@@ -148,7 +170,7 @@ class AgentExperts:
             "accesses": since.hits + since.ram_hits + since.disk_misses,
         }
 
-    def save(self, folder: Path, write_experts: bool = True) -> dict:
+    def save(self, folder: Path) -> dict:
         """
         Writes the agent and its optimizers to the folder of a checkpoint.
 
@@ -164,7 +186,7 @@ class AgentExperts:
             for number, parts in state["state"].items():
                 tensors |= {f"{name}.{number}.{part}": value.contiguous() for part, value in parts.items()}
         save_file({**tensors, "frozen": self.frozen}, folder / "optimizer.safetensors")
-        if self.store and write_experts:
+        if self.store:
             self.store.checkpoint(folder / EXPERTS).result()
         return {"optimizer_groups": groups}
 
@@ -187,6 +209,12 @@ class AgentExperts:
         """Frees the store."""
         if self.store:
             self.store.close()
+
+
+def prefetch_experts(store: ExpertStore, experts: Tensor) -> None:
+    """Asks a store for experts `(layers, count)` ahead of time; -1 is none."""
+    for layer, wanted in enumerate(experts.tolist()):
+        store.prefetch(layer, [expert for expert in wanted if expert >= 0])
 
 
 class PrefetchTrial:
@@ -213,7 +241,7 @@ class PrefetchTrial:
             for layer, module in enumerate(experts.modules)
         ]
         if kind != "none":
-            experts.prefetch(self.forecasts[kind])
+            prefetch_experts(experts.store, self.forecasts[kind])
 
     def _arrived(self, layer: int) -> None:
         self.leads.setdefault(layer, time.perf_counter() - self._began)
@@ -240,35 +268,29 @@ def build_agent(arguments: AgentArguments, model_config: TieredMoeConfig, config
     """
     A new agent or that of a checkpoint, with its experts in the store that is asked for.
 
-    Raises:
-        OSError: If there is no room for the store.
+    Experts that go to a store are never in memory all at once.
     """
-    if arguments.nvme_path:
-        # First, because experts that are too many for the disk are too many for memory as well.
-        check_room(store_folder(arguments, config), model_config)
     torch.manual_seed(config.seed)
-    if arguments.model_name_or_path:
-        agent = AutoModel.from_pretrained(arguments.model_name_or_path, config=model_config)
+    known = arguments.model_name_or_path
+    if not arguments.nvme_path:
+        agent = AutoModel.from_pretrained(known, config=model_config) if known else AutoModel.from_config(model_config)
+        return AgentExperts(agent.to(config.device), None, config)
+    folder = store_folder(arguments, config)
+    # What an earlier run has left belongs to its checkpoints, which have copies of their own.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    store_config = ExpertStoreConfig(
+        str(folder),
+        fast_capacity=min(model_config.hbm_capacity, model_config.num_experts),
+        ram_capacity=min(model_config.dram_capacity, model_config.num_experts),
+        policy=arguments.eviction_policy,
+        record_trace=arguments.store_trace is not None,
+        # It is asked without the game, by which the next router decides as well where it knows it.
+        prefetch_next_layer=arguments.prefetch_next_layer and model_config.routing_condition == "content",
+    )
+    if known:
+        agent, store = load_offloaded(known, store_config, AutoModel, config.device, config=model_config)
     else:
-        agent = TieredMoeForActorCritic(model_config)
-    agent.to(config.device)
-    store = None
-    if arguments.nvme_path:
-        folder = store_folder(arguments, config)
-        # What an earlier run has left belongs to its checkpoints, which have copies of their own.
-        (folder / MANIFEST).unlink(missing_ok=True)
-        store = offload_experts(
-            agent,
-            ExpertStoreConfig(
-                str(folder),
-                fast_capacity=min(model_config.hbm_capacity, model_config.num_experts),
-                ram_capacity=min(model_config.dram_capacity, model_config.num_experts),
-                policy=arguments.eviction_policy,
-                record_trace=arguments.store_trace is not None,
-                # It is asked without the game, by which the next router decides as well where it knows it.
-                prefetch_next_layer=arguments.prefetch_next_layer and model_config.routing_condition == "content",
-            ),
-        )
+        agent, store = initialize_offloaded(model_config, store_config, AutoModel, config.device)
     return AgentExperts(agent, store, config)
 
 
@@ -277,20 +299,34 @@ def store_folder(arguments: AgentArguments, config: ContinualPpoConfig) -> Path:
     return Path(arguments.nvme_path, f"rank_{config.process_index}")
 
 
-def check_room(folder: Path, config: TieredMoeConfig) -> None:
-    """Raises `OSError` if the disk of `folder` has no room for all experts twice, with their optimizer's state."""
-    weights = 2 * config.num_layers * config.num_experts * config.expert_dim * config.expert_hidden_dim
-    # Weights and two moments, each of four bytes, in two places.
-    needed = 2 * 3 * 4 * weights
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free + _held(folder)
-    if needed > free:
-        raise OSError(
-            f"The expert store needs {needed / 2**30:.1f} GiB in {folder.parent}, where {free / 2**30:.1f} GiB are "
-            "free: choose another --nvme_path, fewer --num_experts, or a smaller --expert_hidden_dim."
-        )
+def check_room(arguments: AgentArguments, model_config: TieredMoeConfig, config: ContinualPpoConfig) -> None:
+    """
+    Raises `OSError` if a disk has no room for the experts with their optimizer's state.
+
+    The store has them twice, and each checkpoint once where all have changed; while one is written, there is one more.
+    """
+    size = 2 * model_config.num_layers * model_config.num_experts * model_config.expert_dim
+    # Weights and two moments, each of four bytes.
+    once = 3 * 4 * size * model_config.expert_hidden_dim
+    store, output = store_folder(arguments, config).absolute(), Path(config.output_dir).absolute()
+    places = [(store, 2 * once, store.glob("*.records"))]
+    if config.process_index == 0:
+        copies = max(1, config.save_total_limit) + 1
+        places.append((output, copies * once, output.glob(f"checkpoint-*/{EXPERTS}/*/*.record")))
+    needed, free = Counter(), {}
+    for folder, wanted, present in places:
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        disk = there.stat().st_dev
+        free[disk] = shutil.disk_usage(there).free
+        needed[disk] += wanted - _held(present)
+        if needed[disk] > free[disk]:
+            raise OSError(
+                f"The expert store and its checkpoints need {needed[disk] / 2**30:.1f} GiB more in {folder.parent}, "
+                f"where {free[disk] / 2**30:.1f} GiB are free: choose another --nvme_path or --output_dir, a smaller "
+                "--save_total_limit, fewer --num_experts, or a smaller --expert_hidden_dim."
+            )
 
 
-def _held(folder: Path) -> int:
-    """Bytes of a store that is there already and will be replaced."""
-    return sum(path.stat().st_blocks * 512 for path in folder.glob("*.records")) if folder.exists() else 0
+def _held(files: Iterable[Path]) -> int:
+    """Bytes on the disk of what is there already and will be replaced; checkpoints share files."""
+    return sum({found.st_ino: 512 * found.st_blocks for found in (path.stat() for path in files)}.values())

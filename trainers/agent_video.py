@@ -28,6 +28,8 @@ def film_agent(
     path: str | Path,
     max_steps: int = 400,
     preprocessing: str = "current",
+    tell_game: bool = True,
+    deterministic: bool = False,
 ) -> PlayedEpisodes:
     """
     Lets an agent play an episode and writes it as a GIF.
@@ -39,6 +41,7 @@ def film_agent(
         path (`str` or `Path`): Of the file.
         max_steps (`int`, *optional*, defaults to 400): Steps at most.
         preprocessing (`str`, *optional*): As of [`GameEnvironments`].
+        tell_game (`bool`, *optional*), deterministic (`bool`, *optional*): As of [`play_episodes`].
     """
     number = agent.config.games.index(game)
     environments = GameEnvironments([game], 1, seed, preprocessing, 1)
@@ -51,7 +54,7 @@ def film_agent(
     for step in range(max_steps):
         seen = player.memory.frames[0, -1].numpy()
         named = agent.config.games[agent.model.detector(player.memory.frames.to(device)).argmax()]
-        result, experts = player.act()
+        result, experts = player.act(tell_game, deterministic)
         glow *= _FADING
         for layer, chosen in enumerate(experts):
             glow[layer, chosen.flatten().cpu().numpy()] = 1.0

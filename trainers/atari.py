@@ -179,7 +179,6 @@ class GameEnvironments:
         if actions.min() < 0 or actions.max() >= NUM_ACTIONS:
             raise ValueError(f"Actions are from 0 to {NUM_ACTIONS - 1}, not {actions.min()} to {actions.max()}.")
         rows = np.split(actions.astype(np.int64), len(self._parts))
-        # All emulators work at once where they have threads of their own.
         results = [part.step(table[own]) for part, table, own in zip(self._parts, self._tables, rows, strict=True)]
         frames, rewards, terminated, truncated = (np.concatenate([r[n] for r in results]) for n in range(4))
         over, lives = terminated | truncated, np.concatenate([r[4]["lives"] for r in results])

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from ..modeling import TieredMoeConfig
 from .agent_card import write_agent_card
-from .agent_experts import build_agent
+from .agent_experts import build_agent, check_room
 from .atari import own_actions
 from .checkpoints import remove_checkpoints
 from .continual_log import METRICS
@@ -65,6 +65,8 @@ def train_agent(arguments: AgentArguments, games: GameArguments, config: Continu
             f"A dense agent has no experts to learn by --expert_learning_rule {config.expert_learning_rule}: "
             "leave it out."
         )
+    if arguments.nvme_path:
+        check_room(arguments, model_config, config)
     folder = Path(config.output_dir)
     if not checkpoint and config.process_index == 0 and config.overwrite_output_dir:
         remove_checkpoints(folder)
@@ -86,6 +88,7 @@ def train_agent(arguments: AgentArguments, games: GameArguments, config: Continu
                 # First of all, so that nothing after it can cost what was learned.
                 trainer.agent.save_pretrained(folder)
             write_results(results, folder / RESULTS)
+            trainer.log.write_retention(results)
             if finished:
                 write_agent_card(trainer.agent, config, results)
         return results

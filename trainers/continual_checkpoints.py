@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .agent_evaluation import PlayedEpisodes
-from .checkpoints import UNFINISHED, parameters_digest, publish_checkpoint, rotate_checkpoints, seal_checkpoint
+from .checkpoints import (
+    EXPERTS,
+    UNFINISHED,
+    parameters_digest,
+    publish_checkpoint,
+    rotate_checkpoints,
+    seal_checkpoint,
+)
 from .game_rollout import Memory
 
 if TYPE_CHECKING:
@@ -30,26 +37,22 @@ class ContinualProgress:
     What a run has done and measured.
 
     Args:
-        num_games (`int`): Games.
         phase (`int`), phase_updates (`int`): The phase that comes next or is under way, and its updates so far.
         updates (`int`), steps (`int`), seconds (`float`): Of all phases, evaluations left out.
-        trained (`list[list[int]]`): Numbers of the games of each phase that is over.
         random_returns (`list[float]`): Of random actions, by game.
         evaluations (`list[list[dict]]`): Of the agent before any game and after each phase, a record for each game.
-        curves (`list[dict]`): Training returns: `phase`, `game`, `share` of the phase, `return`.
+        curves (`list[dict]`): Training returns: `phase`, `game`, `step`, `phase_steps` (steps of a phase), `return`.
         switches (`list[dict]`): What the beginning of each phase has cost.
         specialisation (`list[dict]`): Of each layer, at the last evaluation.
         expert_counts (`list`): Tokens of each game, layer and expert at the last evaluation.
         series (`list[dict]`): Hit rates and stalls of each update of the phase under way.
     """
 
-    num_games: int
     phase: int = 0
     phase_updates: int = 0
     updates: int = 0
     steps: int = 0
     seconds: float = 0.0
-    trained: list = field(default_factory=list)
     random_returns: list = field(default_factory=list)
     evaluations: list = field(default_factory=list)
     curves: list = field(default_factory=list)
@@ -77,11 +80,14 @@ class ContinualProgress:
         if kept:
             self.series.append(kept | {"seconds": figures["time/acting"] + figures["time/updating"]})
 
-    def finish_switch(self) -> None:
-        """Adds to the phase that ends: its stalls, and how long it took until the fast tier was warm."""
+    def finish_switch(self) -> dict[str, float]:
+        """Adds to the phase that ends its stalls, and how long it took until the fast tier was warm; its figures."""
         series, self.series = self.series, []
-        if not series:
-            return
+        if series:
+            self._measure_stalls(series)
+        return {name: value for name, value in self.switches[-1].items() if name not in ("phase", "games")}
+
+    def _measure_stalls(self, series: list[dict]) -> None:
         stall = [one["acting_stall_seconds"] + one["updating_stall_seconds"] for one in series]
         rates = [one["updating_hit_rate"] for one in series]
         steady = float(np.mean(rates[-max(1, len(rates) // 4) :]))
@@ -99,10 +105,6 @@ class ContinualProgress:
         """Takes the episodes of all games."""
         self.evaluations.append([episodes.record() for episodes in played])
         self.expert_counts = [episodes.counts.sum(axis=0).tolist() for episodes in played]
-
-    def returns(self) -> np.ndarray:
-        """The retention matrix: raw returns `(phases + 1, games)`."""
-        return np.array([[record["return"] for record in row] for row in self.evaluations])
 
 
 def save_checkpoint(trainer: "ContinualPpoTrainer") -> Path:
@@ -143,6 +145,8 @@ def save_checkpoint(trainer: "ContinualPpoTrainer") -> Path:
     if first:
         seal_checkpoint(partial, _parameters(trainer))
         publish_checkpoint(partial, path)
+        if trainer.experts.store:
+            trainer.experts.store.checkpoint_moved(path / EXPERTS)
         rotate_checkpoints(path, max(1, config.save_total_limit))
     accelerator.wait_for_everyone()
     return path
@@ -175,7 +179,7 @@ def load_checkpoint(trainer: "ContinualPpoTrainer", path: Path) -> None:
     trainer.generator.set_state(own.pop("generator"))
     torch.set_rng_state(own.pop("torch"))
     for name, memory in _memories(trainer).items():
-        memory.load_tensors(_part(own, f"{name}/"))
+        memory.load_tensors(_part(own, f"{name}/"), config.device)
     if player := _part(own, "player/"):
         trainer.open_games()
         if trainer.environments.can_be_saved:

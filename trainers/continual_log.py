@@ -38,10 +38,29 @@ class ContinualLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
 
-    def resume(self, updates: int) -> None:
-        """Drops what was written after update number `updates`, which is about to be made again."""
+    def write_retention(self, results: dict) -> None:
+        """Writes to TensorBoard what the `results` of the run say of all games together."""
+        names = ("final_score", "average_forgetting", "backward_transfer")
+        known = {name: results.get("metrics", {}).get(name) for name in names}
+        with SummaryWriter(self._folder) as writer:
+            for name, value in known.items():
+                if value is not None:
+                    writer.add_scalar(f"retention/{name}", value, results["steps"])
+
+    def resume(self, updates: int, evaluates: bool) -> None:
+        """
+        Drops what is about to be written again.
+
+        Args:
+            updates (`int`): Number of the last update that is not made again.
+            evaluates (`bool`): Whether the evaluation that followed it is.
+        """
         if self.active and self.path.is_file():
-            kept = [line for line in read_lines(self.path) if line["update"] <= updates]
+            kept = [
+                line
+                for line in read_lines(self.path)
+                if line["update"] < updates or (line["update"] == updates and not (evaluates and _evaluated(line)))
+            ]
             write_whole_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def close(self) -> None:
@@ -49,6 +68,10 @@ class ContinualLog:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _evaluated(line: dict) -> bool:
+    return any(name.startswith("eval/") for name in line)
 
 
 def read_lines(path: str | os.PathLike) -> list[dict]:

@@ -26,8 +26,10 @@ def own_reference(returns: np.ndarray, trained: Sequence[int]) -> np.ndarray:
 
 def average_forgetting(scores: np.ndarray, trained: Sequence[int]) -> float:
     """
-    Mean over the games of the score at the end of their own (last) training less the score at the very end, as in
-    Continual World (Wolczyk et al. 2021, arXiv:2105.10919); the game that was learned last is left out.
+    Mean over the games of the score at the end of their own (last) training less the score at the very end.
+
+    As in Continual World (Wolczyk et al. 2021, arXiv:2105.10919), but for the game that was learned last: it cannot
+    have been forgotten, and is left out of the mean, where they count it as 0.
     """
     last = {game: phase for phase, game in enumerate(trained)}
     lost = [scores[phase + 1, game] - scores[-1, game] for game, phase in last.items() if game != trained[-1]]

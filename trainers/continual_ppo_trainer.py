@@ -61,7 +61,7 @@ class ContinualPpoTrainer:
         self.replay = ReplayMemory(config.replay_segments, self.generator)
         named = {name: part for name, part in self.agent.named_parameters() if any(part is p for p in experts.rest)}
         self.elastic = ElasticWeights(named)
-        self.progress = ContinualProgress(len(games.games))
+        self.progress = ContinualProgress()
         self.player: GamePlayer | None = None
         self.environments: GameEnvironments | None = None
         self.recent_returns: deque[float] = deque(maxlen=100)
@@ -83,15 +83,17 @@ class ContinualPpoTrainer:
         Raises:
             SystemExit: After SIGTERM or SIGINT, and a checkpoint.
         """
-        progress = self.progress
         if checkpoint:
             load_checkpoint(self, Path(checkpoint))
-            self.log.resume(self.progress.updates)
+            self.log.resume(self.progress.updates, self._lacks_evaluation())
+            if self.player is not None and self.progress.phase_updates == 0:
+                self._foretell()
         elif self.games.eval_episodes:
-            progress.random_returns = [self._random_return(game) for game in self.games.games]
-            self._evaluate()
+            self.progress.random_returns = [self._random_return(game) for game in self.games.games]
         self._signals.listen()
         try:
+            if self._lacks_evaluation():
+                self._evaluate()
             while self.progress.phase < len(self.phases):
                 if self.player is None:
                     self._begin_phase()
@@ -128,16 +130,20 @@ class ContinualPpoTrainer:
         self.progress.phase_updates = 0
         self.progress.switches.append({"phase": self.progress.phase, "games": self.phases[self.progress.phase]})
         self.experts.take_stats()
-        if self.experts.store:
-            frames = self.player.memory.frames.to(self.config.device)
-            self._trial = PrefetchTrial(self.experts, self.arguments.prefetch, frames)
+        self._foretell()
         self.progress.switches[-1]["open_seconds"] = time.perf_counter() - started
         if self.config.freeze_router == "always":
             self.freeze_router()
 
+    def _foretell(self) -> None:
+        """Asks for the experts that the game is thought to need."""
+        if self.experts.store:
+            frames = self.player.memory.frames.to(self.config.device)
+            self._trial = PrefetchTrial(self.experts, self.arguments.prefetch, frames)
+
     def _end_phase(self) -> None:
         progress, config = self.progress, self.config
-        games = {self.number[game] for game in self.phases[progress.phase]}
+        games = sorted(self.number[game] for game in self.phases[progress.phase])
         last = progress.phase == len(self.phases) - 1
         if config.replay_coef > 0 and not last:
             self.replay.keep(self.agent, self._last_segments)
@@ -145,19 +151,22 @@ class ContinualPpoTrainer:
             self.elastic.consolidate(self.agent, self._last_segments)
             self.experts.optimizer.zero_grad()
         if config.freeze_experts:
-            for game in games:
-                self.experts.freeze(most_used(self.agent.model.detector.usage[game].cpu(), config.freeze_share))
+            # What all processes have used, so that they freeze the same.
+            usage = config.accelerator.reduce(self.agent.model.detector.usage[games], "mean")
+            for own in usage.cpu():
+                self.experts.freeze(most_used(own, config.freeze_share))
         if config.freeze_router == "after_first_game":
             self.freeze_router()
-        progress.finish_switch()
+        figures = {f"switch/{name}": value for name, value in progress.finish_switch().items()}
+        self.log.write(figures | {"update": progress.updates, "step": progress.steps})
         self.environments.close()
         self.player = self.environments = None
-        progress.trained.append(sorted(games))
         progress.phase += 1
         progress.phase_updates = 0
-        if self.games.eval_episodes:
-            self._evaluate()
+        # First of all: to play every game takes long, and can be made up for.
         save_checkpoint(self)
+        if self._lacks_evaluation():
+            self._evaluate()
 
     def freeze_router(self) -> None:
         """The routers learn no more."""
@@ -232,8 +241,11 @@ class ContinualPpoTrainer:
                 count += 1
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + value
-            if config.target_kl is not None and sums["losses/approx_kl"].item() / count > config.target_kl:
-                break
+            # Of the last minibatch, as in CleanRL, and of all processes, which have to stop together.
+            if config.target_kl is not None:
+                divergence = config.accelerator.reduce(figures["losses/approx_kl"].clone(), "mean")
+                if divergence.item() > config.target_kl:
+                    break
         means = {name: value.item() / count for name, value in sums.items()}
         returns, values = segments.returns, segments.values
         spread = returns.var(correction=0)
@@ -248,7 +260,7 @@ class ContinualPpoTrainer:
                 **batch.inputs, state=batch.state, output_router_logits=True, output_router_indices=True
             )
         loss, figures = ppo_loss(outputs, batch, config)
-        balancing = self.agent.balancing_loss(outputs)
+        balancing = self.agent.balancing_loss(outputs, lambda part: config.accelerator.reduce(part, "mean"))
         loss = loss + self.agent.config.router_aux_loss_coef * balancing
         figures["losses/balancing"] = balancing.detach()
         current = {self.number[game] for game in self.phases[self.progress.phase]}
@@ -283,11 +295,15 @@ class ContinualPpoTrainer:
 
     # --- evaluation and checkpoints ---------------------------------------------------------------------------------
 
+    def _lacks_evaluation(self) -> bool:
+        """Whether the games have not been played since the last phase."""
+        return bool(self.games.eval_episodes) and len(self.progress.evaluations) <= self.progress.phase
+
     def _evaluate(self) -> None:
         """Plays every game: a row of the retention matrix, and what the experts tell about the game."""
-        arguments, played = self.games, []
-        for game in arguments.games:
-            played.append(
+        arguments = self.games
+        with self.experts.set_aside():
+            played = [
                 play_episodes(
                     self.agent,
                     game,
@@ -297,10 +313,9 @@ class ContinualPpoTrainer:
                     arguments.tell_game,
                     num_threads=arguments.env_threads,
                     preprocessing=arguments.preprocessing,
-                )  # fmt: skip
-            )
-        # Its own accesses are no part of the training's.
-        self.experts.take_stats()
+                )
+                for game in arguments.games
+            ]
         self.progress.add_evaluation(played)
         self.progress.specialisation = expert_specialisation(played)
         figures = {f"eval/{episodes.game}/return": float(episodes.returns.mean()) for episodes in played}
@@ -310,7 +325,8 @@ class ContinualPpoTrainer:
 
     def _random_return(self, game: str) -> float:
         given = self.games
-        episodes = play_at_random(game, max(16, given.eval_episodes), given.eval_first_seed, given.eval_max_steps)
+        count = max(16, given.eval_episodes)
+        episodes = play_at_random(game, count, given.eval_first_seed, given.eval_max_steps, given.preprocessing)
         return float(episodes.returns.mean())
 
 
@@ -358,7 +374,8 @@ def normalised(advantages: Tensor) -> Tensor:
     """Advantages of mean 0 and standard deviation 1, over the minibatches of all processes."""
     mean, deviation = advantages.mean(), advantages.std()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        sums = torch.stack([advantages.sum(), advantages.square().sum(), torch.tensor(float(advantages.numel()))])
+        count = advantages.new_tensor(float(advantages.numel()))
+        sums = torch.stack([advantages.sum(), advantages.square().sum(), count])
         torch.distributed.all_reduce(sums)
         mean = sums[0] / sums[2]
         deviation = ((sums[1] - sums[2] * mean.square()) / (sums[2] - 1)).clamp(min=0).sqrt()

@@ -57,8 +57,8 @@ class DetectorMemory:
         kept = {f"{game}": frames for game, frames in enumerate(self.frames) if frames is not None}
         return kept | {"seen": torch.tensor(self.seen)}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes what [`~DetectorMemory.to_tensors`] gave."""
+    def load_tensors(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        """Takes what [`~DetectorMemory.to_tensors`] gave; it stays on the host, whatever the `device`."""
         self.seen = tensors["seen"].tolist()
         self.frames = [tensors.get(f"{game}") for game in range(len(self.seen))]
 
@@ -112,12 +112,12 @@ class ReplayMemory:
         """All of it by names, for safetensors."""
         return {f"{game}/{name}": part for game, kept in self.kept.items() for name, part in kept.items()}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes what [`~ReplayMemory.to_tensors`] gave."""
+    def load_tensors(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        """Takes what [`~ReplayMemory.to_tensors`] gave to the `device`."""
         self.kept = {}
         for key, part in tensors.items():
             game, _, name = key.partition("/")
-            self.kept.setdefault(int(game), {})[name] = part
+            self.kept.setdefault(int(game), {})[name] = part.to(device)
 
 
 class ElasticWeights:
@@ -148,13 +148,12 @@ class ElasticWeights:
                 if part.grad is not None:
                     sums[name] += part.grad.square() / len(rows)
                     part.grad = None
+        # Relative to the largest, so that games count alike whatever the scale of their gradients.
+        largest = max(part.max() for part in sums.values()).clamp(min=1e-30)
         for name, part in self.parameters.items():
             before = self.importance.get(name, torch.zeros_like(part))
-            # Relative to the largest, so that the weight of the penalty means the same in every game.
-            self.importance[name] = self.decay * before + sums[name]
+            self.importance[name] = self.decay * before + sums[name] / largest
             self.anchor[name] = part.detach().clone()
-        largest = max(part.max() for part in self.importance.values()).clamp(min=1e-30)
-        self.importance = {name: part / largest for name, part in self.importance.items()}
 
     def penalty(self) -> Tensor | None:
         """Half the weighted squared distance from the weights after the last game; `None` before the first ends."""
@@ -170,11 +169,11 @@ class ElasticWeights:
         named = {f"importance/{name}": part for name, part in self.importance.items()}
         return named | {f"anchor/{name}": part for name, part in self.anchor.items()}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes what [`~ElasticWeights.to_tensors`] gave."""
+    def load_tensors(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        """Takes what [`~ElasticWeights.to_tensors`] gave to the `device`."""
         for key, part in tensors.items():
             kind, _, name = key.partition("/")
-            (self.importance if kind == "importance" else self.anchor)[name] = part
+            (self.importance if kind == "importance" else self.anchor)[name] = part.to(device)
 
 
 def _prefixed(tensors: dict[str, Tensor], prefix: str, rows: Tensor) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Two gloo processes, each with tiers of its own, make the update of one with the batches of both."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -28,7 +29,7 @@ SCRIPT = textwrap.dedent(
     own = AgentArguments(
         expert_dim=32, expert_hidden_dim=16, num_layers=2, num_attention_heads=2, num_experts=16, hbm_capacity=8,
         dram_capacity=8, context_len=3, encoder_channels=[4, 8], routing_condition="environment",
-        router_balancing="none", **store,
+        **store,
     )
     games = GameArguments(games=["builtin:catch"], num_envs=4)
     # All of it in one minibatch, because two processes draw other minibatches than one.
@@ -95,3 +96,51 @@ def test_two_processes_learn_what_one_learns_from_both_batches(place, learn, tmp
         torch.testing.assert_close(
             two[name], part, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+WHOLE_RUN = textwrap.dedent(
+    """
+    import json
+    import sys
+    from pathlib import Path
+    import torch
+    from mixturekit.trainers.agent_experts import build_agent
+    from mixturekit.trainers.continual import load_agent_config
+    from mixturekit.trainers.continual_ppo_config import AgentArguments, ContinualPpoConfig, GameArguments
+    from mixturekit.trainers.continual_ppo_trainer import ContinualPpoTrainer
+
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    own = AgentArguments(
+        expert_dim=32, expert_hidden_dim=16, num_layers=2, num_attention_heads=2, num_experts=16, hbm_capacity=8,
+        dram_capacity=8, context_len=3, encoder_channels=[4, 8], routing_condition="environment",
+    )
+    games = GameArguments(games=["builtin:catch", "builtin:signal"], num_envs=4, steps_per_game=256, eval_episodes=0)
+    # Bounds that each process would meet at another time by itself.
+    config = ContinualPpoConfig(
+        output_dir=str(folder), num_steps=16, segment_len=4, num_minibatches=2, update_epochs=8, learning_rate=1e-2,
+        target_kl=0.02, freeze_experts=True, freeze_share=0.6, use_cpu=True,
+    )
+    experts = build_agent(own, load_agent_config(own, games.games), config)
+    ContinualPpoTrainer(experts, config, games, own).train()
+    weights = torch.cat([part.detach().flatten() for part in experts.agent.parameters()])
+    found = {"weights": weights.tolist(), "frozen": experts.frozen.tolist()}
+    (folder / f"process_{config.process_index}.json").write_text(json.dumps(found))
+    """
+)
+
+
+@SLOW
+def test_processes_have_the_same_agent_whatever_each_has_played(tmp_path):
+    """Where an update ends early, and experts are frozen after their game."""
+    (tmp_path / "train.py").write_text(WHOLE_RUN)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.run(
+        [*launcher, str(tmp_path / "train.py"), str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"process_{number}.json").read_text()) for number in range(2))
+    assert first["frozen"] == second["frozen"] and torch.tensor(first["frozen"]).any()
+    assert not torch.tensor(first["frozen"]).all()
+    # The detector learns from what each has seen, by gradients of both.
+    assert first["weights"] == second["weights"]

@@ -21,8 +21,10 @@ from mixturekit.trainers.agent_evaluation import play_at_random, play_episodes
 from mixturekit.trainers.agent_experts import build_agent
 from mixturekit.trainers.atari import GameEnvironments
 from mixturekit.trainers.continual import load_agent_config, train_agent
+from mixturekit.trainers.continual_checkpoints import save_checkpoint
 from mixturekit.trainers.continual_ppo_config import AgentArguments, ContinualPpoConfig, GameArguments
 from mixturekit.trainers.continual_ppo_trainer import ContinualPpoTrainer, most_used, ppo_loss
+from mixturekit.trainers.continual_remedies import ElasticWeights
 from mixturekit.trainers.game_rollout import GamePlayer
 from mixturekit.trainers.local_learning import expert_inputs, oja_update, replace_gradients
 
@@ -137,13 +139,13 @@ def test_truncated_episodes_are_worth_what_they_saw_last():
 
 @pytest.mark.parametrize("rule", ["backpropagation", *RULES])
 def test_a_store_learns_what_memory_learns(rule, tmp_path):
-    trainers = [
-        begun(build_trainer(tmp_path / place, {"nvme_path": path}, expert_learning_rule=rule))
-        for place, path in (("memory", None), ("store", str(tmp_path / "nvme")))
-    ]
-    for _ in range(2):
-        for trainer in trainers:
-            trainer._update_once()
+    stored = build_trainer(tmp_path / "store", {"nvme_path": str(tmp_path / "nvme")}, expert_learning_rule=rule)
+    stored.agent.save_pretrained(tmp_path / "agent")
+    agent = {"model_name_or_path": str(tmp_path / "agent")}
+    trainers = [build_trainer(tmp_path / "memory", agent, expert_learning_rule=rule), stored]
+    for trainer in map(begun, trainers):
+        trainer._update_once()
+        trainer._update_once()
     memory, store = (trainer.agent for trainer in trainers)
     # Eight updates by Adam of 2.5e-4 each; sums in another order round differently.
     tolerance = {"rtol": 1e-3, "atol": 5e-5}
@@ -254,6 +256,59 @@ def test_only_experts_with_tokens_change_and_by_nothing_but_the_rule(rule, tmp_p
     assert not torch.equal(router, trainer.agent.model.layers[0].mlp.gate.weight)
 
 
+def test_playing_for_the_retention_matrix_leaves_the_tiers_as_they_are(tmp_path):
+    trainer = begun(build_trainer(tmp_path / "run", {"nvme_path": str(tmp_path / "nvme")}))
+    trainer._update_once()
+    store = trainer.experts.store
+    present = [store.resident(layer) for layer in range(2)]
+    trainer._evaluate()
+    assert [store.resident(layer) for layer in range(2)] == present and store.task == GAMES[0]
+    assert trainer.experts.take_stats()["accesses"] == 0
+    # It did use others.
+    used = np.sum(trainer.progress.expert_counts, axis=0)
+    assert any(set(np.flatnonzero(used[layer])) - present[layer] for layer in range(2))
+    trainer.experts.close()
+
+
+def test_checkpoints_share_what_has_not_changed(tmp_path):
+    trainer = build_trainer(tmp_path / "run", {"nvme_path": str(tmp_path / "nvme")})
+    for trainer.progress.updates in (1, 2):
+        save_checkpoint(trainer)
+    records = list(tmp_path.glob("run/checkpoint-*/experts/*/*.record"))
+    # Two layers of eight experts.
+    assert len(records) == 32 and len({path.stat().st_ino for path in records}) == 16
+    trainer.experts.close()
+
+
+def test_importances_of_games_count_alike_whatever_the_scale_of_their_gradients(tmp_path):
+    trainer = begun(build_trainer(tmp_path))
+    segments = trainer.player.play(8, 4, 0.99, 0.95)
+    scale = trainer.agent.model.norm.weight
+    for loud in (0.01, 100.0):
+        elastic = ElasticWeights({"action_head": trainer.agent.action_head.weight}, decay=1.0)
+        elastic.consolidate(trainer.agent, segments)
+        first = elastic.importance["action_head"]
+        # The gradients of the head scale with what it sees.
+        before = scale.detach().clone()
+        with torch.no_grad():
+            scale.mul_(loud)
+        elastic.consolidate(trainer.agent, segments)
+        second = elastic.importance["action_head"] - first
+        with torch.no_grad():
+            scale.copy_(before)
+        torch.testing.assert_close(torch.stack([first.max(), second.max()]), torch.ones(2))
+
+
+def test_what_is_kept_of_earlier_games_goes_to_the_device_of_the_agent(tmp_path):
+    trainer = begun(build_trainer(tmp_path))
+    segments = trainer.player.play(8, 4, 0.99, 0.95)
+    trainer.replay.keep(trainer.agent, segments)
+    trainer.elastic.consolidate(trainer.agent, segments)
+    for memory in (trainer.replay, trainer.elastic):
+        memory.load_tensors(memory.to_tensors(), torch.device("meta"))
+        assert {part.device.type for part in memory.to_tensors().values()} == {"meta"}
+
+
 def test_most_used_experts_are_those_of_the_first_share():
     usage = torch.tensor([[0.5, 0.05, 0.3, 0.15], [0.0, 0.0, 1.0, 0.0]])
     assert most_used(usage, 0.8).tolist() == [[True, False, True, False], [False, False, True, False]]
@@ -294,7 +349,10 @@ def test_episodes_are_counted_once_and_to_their_end():
         ({"agent": {"hbm_capacity": 6}}, "tiers are in the wrong order"),
         ({"agent": {"top_k": 5}}, "`top_k` is 5, but the fast tier holds 4"),
         ({"agent": {"dense": "active", "nvme_path": "x"}}, "no experts to put in a store"),
-        ({"agent": {"expert_hidden_dim": 10**9, "nvme_path": "."}}, "store needs .* GiB are free: choose another"),
+        (
+            {"agent": {"expert_hidden_dim": 10**9, "nvme_path": "."}},
+            "GiB are free: choose another --nvme_path",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_at_once(change, message, tmp_path):
@@ -326,7 +384,7 @@ def test_an_agent_goes_on_with_one_of_its_games(finished, tmp_path):
 def test_a_run_that_is_killed_goes_on_from_a_whole_checkpoint(tmp_path):
     script = Path(__file__).parents[2] / "recipes" / "train_atari.py"
     options = [f"--{name}={value}" for name, value in {**AGENT, **RUN, **PLAY}.items() if not isinstance(value, list)]
-    options += ["--games", *GAMES, "--encoder_channels", "4", "8", "--save_steps=1", "--eval_episodes=0"]
+    options += ["--games", *GAMES, "--encoder_channels", "4", "8"]
     options += [f"--nvme_path={tmp_path / 'nvme'}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -335,7 +393,7 @@ def test_a_run_that_is_killed_goes_on_from_a_whole_checkpoint(tmp_path):
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     run = start("run")
-    # Near the change of the game, after the second update.
+    # While the games are played after the first of them, which ends with the second update.
     while not (tmp_path / "run" / "checkpoint-2").exists() and run.poll() is None:
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)
@@ -347,3 +405,5 @@ def test_a_run_that_is_killed_goes_on_from_a_whole_checkpoint(tmp_path):
     whole = start("whole")
     assert whole.wait(timeout=300) == 0
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    results = [json.loads((tmp_path / folder / "continual_results.json").read_text()) for folder in ("run", "whole")]
+    assert results[0]["evaluations"] == results[1]["evaluations"] and len(results[0]["evaluations"]) == 3
