@@ -294,6 +294,7 @@ def test_episodes_are_counted_once_and_to_their_end():
         ({"agent": {"hbm_capacity": 6}}, "tiers are in the wrong order"),
         ({"agent": {"top_k": 5}}, "`top_k` is 5, but the fast tier holds 4"),
         ({"agent": {"dense": "active", "nvme_path": "x"}}, "no experts to put in a store"),
+        ({"agent": {"nvme_path": "x"}, "run": {"optimizer": "dense"}}, "--nvme_path or --optimizer dense"),
         ({"agent": {"expert_hidden_dim": 10**9, "nvme_path": "."}}, "store needs .* GiB are free: choose another"),
     ],
 )
