@@ -12,7 +12,7 @@ def main() -> None:
     from mixturekit.trainers.recipe_parser import parse_recipe
     from mixturekit.trainers.recipe_process import errors_in_one_sentence
 
-    with errors_in_one_sentence():
+    with errors_in_one_sentence(needs="atari"):
         from mixturekit.trainers.agent_evaluation_config import AgentEvaluationArguments
 
         (arguments,) = parse_recipe((AgentEvaluationArguments,), description=__doc__)

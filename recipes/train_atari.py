@@ -10,7 +10,7 @@ def main() -> None:
     from mixturekit.trainers.recipe_parser import parse_recipe
     from mixturekit.trainers.recipe_process import errors_in_one_sentence, leave_process_group_at_exit
 
-    with errors_in_one_sentence():
+    with errors_in_one_sentence(needs="atari"):
         from mixturekit.trainers.continual_ppo_config import AgentArguments, ContinualPpoConfig, GameArguments
 
         arguments = parse_recipe((AgentArguments, GameArguments, ContinualPpoConfig), description=__doc__)

@@ -1,6 +1,7 @@
 """What an evaluation of an agent is configured by."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .atari import PREPROCESSING, check_games
 from .recipe_parser import RepeatableOption
@@ -30,6 +31,7 @@ class AgentEvaluationArguments:
     video: str | None = field(default=None, metadata={"help": "GIF of an episode of the first game, with experts."})
     video_steps: int = field(default=400, metadata={"help": "Steps of the video at most."})
     output_dir: str = field(default="eval", metadata={"help": "Folder of eval_results.json."})
+    overwrite: bool = field(default=False, metadata={"help": "Whether results in `output_dir` may be replaced."})
     use_cpu: bool = field(default=False, metadata={"help": "Whether to leave an accelerator alone."})
     num_threads: int = field(default=1, metadata={"help": "Threads of PyTorch."})
 
@@ -41,3 +43,9 @@ class AgentEvaluationArguments:
         for name in ("num_episodes", "max_steps", "video_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        self._check_files()
+
+    def _check_files(self):
+        for path in (Path(self.output_dir, RESULTS), *([Path(self.video)] if self.video else [])):
+            if path.exists() and not self.overwrite:
+                raise FileExistsError(f"{path} is there: choose another place, or replace it with --overwrite.")

@@ -57,6 +57,11 @@ def train_agent(arguments: AgentArguments, games: GameArguments, config: Continu
         `dict`: What `continual_results.json` has; `finished` says whether all games were learned.
     """
     check_processes(config.use_cpu)
+    if arguments.nvme_path and config.optimizer == "dense":
+        raise ValueError(
+            "Dense Adam updates all experts at every step, and a store only those that have a gradient: leave out "
+            "--nvme_path or --optimizer dense."
+        )
     checkpoint = check_output_dir(config)
     model_config = load_agent_config(arguments, games.games)
     config.check_segments(games.num_envs)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from mixturekit.trainers.agent_evaluation_config import AgentEvaluationArguments
 from mixturekit.trainers.continual_ppo_config import AgentArguments, ContinualPpoConfig, GameArguments
 from mixturekit.trainers.recipe_parser import parse_recipe
 
@@ -71,6 +72,15 @@ def test_from_training_to_report(run, tmp_path):
 def test_what_cannot_be_done_is_one_sentence(run_here, tmp_path, options, message):
     told = run_here("train_atari.py", *SMALL, *options, folder=tmp_path)
     assert message in told and "\n" not in told
+
+
+def test_an_evaluation_replaces_what_is_there_only_where_it_may(tmp_path):
+    files = {"output_dir": str(tmp_path), "video": str(tmp_path / "episode.gif")}
+    for name in ("episode.gif", "eval_results.json"):
+        (tmp_path / name).touch()
+        with pytest.raises(FileExistsError, match=f"{name} is there: .* replace it with --overwrite"):
+            AgentEvaluationArguments("agent", **files)
+    AgentEvaluationArguments("agent", **files, overwrite=True)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "recipes/atari").glob("*.yaml"))])

@@ -349,10 +349,8 @@ def test_episodes_are_counted_once_and_to_their_end():
         ({"agent": {"hbm_capacity": 6}}, "tiers are in the wrong order"),
         ({"agent": {"top_k": 5}}, "`top_k` is 5, but the fast tier holds 4"),
         ({"agent": {"dense": "active", "nvme_path": "x"}}, "no experts to put in a store"),
-        (
-            {"agent": {"expert_hidden_dim": 10**9, "nvme_path": "."}},
-            "GiB are free: choose another --nvme_path",
-        ),
+        ({"agent": {"nvme_path": "x"}, "run": {"optimizer": "dense"}}, "--nvme_path or --optimizer dense"),
+        ({"agent": {"expert_hidden_dim": 10**9, "nvme_path": "."}}, "are free: choose another --nvme_path"),
     ],
 )
 def test_what_cannot_be_done_is_refused_at_once(change, message, tmp_path):
