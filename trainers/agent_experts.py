@@ -145,11 +145,13 @@ class AgentExperts:
             return
         task, layers = self.store.task, range(len(self.modules))
         present = [self.store.resident(layer) for layer in layers]
+        recorded = len(self.store.trace)
         self.set_task("evaluation")
         try:
             yield
         finally:
             self.set_task(task)
+            del self.store.trace[recorded:]
             for layer in layers:
                 with self.store.held(layer, sorted(present[layer]), counted=False):
                     pass
