@@ -89,7 +89,11 @@ class DataArguments(TaskArguments):
         metadata={"help": "Whether answers to stories go on with the facts that they follow from."},
     )
     num_renamings: int = field(
-        default=0, metadata={"help": "Copies of each training story in which people, places and objects swap names."}
+        default=0,
+        metadata={
+            "help": "Copies of each training story, unless it is generated, in which people, places and objects swap "
+            "names."
+        },
     )
     num_examples: int = field(default=20_000, metadata={"help": "Training examples of all generated tasks."})
     num_validation_examples: int = field(default=300, metadata={"help": "Held-out examples of all generated tasks."})

@@ -151,8 +151,8 @@ def load_examples(
         seed (`int`, *optional*, defaults to 0): Seed of the generators and of the renamings.
         supporting_facts (`bool`, *optional*, defaults to `False`): Whether the answers to stories are explained by the
             facts that they follow from.
-        num_renamings (`int`, *optional*, defaults to 0): Copies of each story with other names; see
-            [`~babi.rename_entities`].
+        num_renamings (`int`, *optional*, defaults to 0): Copies of each story with other names, which generated ones
+            do not take; see [`~babi.rename_entities`].
     """
     check_split(split)
     (task,) = check_tasks([task])
@@ -162,6 +162,11 @@ def load_examples(
     if arguments.babi_data == GENERATED:
         if task not in GENERATED_TASKS:
             raise ValueError(f"task is {task!r}: only {' and '.join(GENERATED_TASKS)} can be generated.")
+        if num_renamings:
+            # What happens in a story decides its split, and with other names it is a story of any split.
+            raise ValueError(
+                f"num_renamings is {num_renamings}: generated stories have all names as it is, so ask for more."
+            )
         world = {name: getattr(arguments, f"num_{name}") for name in ("people", "places", "objects", "wordings")}
         options = {f"num_{name}": value for name, value in world.items()}
         questions = generate_stories(task, num_examples, split, seed, max_facts=arguments.max_facts, **options)

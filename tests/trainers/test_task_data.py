@@ -240,6 +240,13 @@ def test_renamed_copies_come_on_top(folder):
     assert load_examples("babi2", arguments, "train", num_renamings=2) == renamed
 
 
+def test_generated_stories_are_not_renamed_into_those_held_out():
+    with pytest.raises(ValueError, match="num_renamings is 2: generated stories have all names as it is"):
+        load_examples("babi2", TaskArguments(), "train", 20, num_renamings=2)
+    # Of sums nothing is renamed, so that a mixture of them and stored stories may be asked for.
+    assert load_examples("addition", TaskArguments(), "train", 20, num_renamings=2)
+
+
 def test_what_is_left_beside_a_checkpoint_says_how_to_ask_and_names_no_path(tmp_path):
     arguments = TaskArguments(babi_data="/home/someone/babi", max_digits=5, reverse_answer=False)
     save_task_arguments(arguments, 64, tmp_path)
