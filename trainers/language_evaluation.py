@@ -118,7 +118,8 @@ def _load_texts(arguments: EvaluationArguments) -> list[str]:
         splits = dataset_splits(name, config)
         split = next((wanted for wanted in ("test", "validation") if wanted in splits), None)
     if split is None:
-        _, documents = split_documents(load_documents(name, config, "train", arguments.text_column))
+        whole = load_documents(name, config, "train", arguments.text_column)
+        _, documents = split_documents(whole, arguments.validation_fraction)
     else:
         documents = load_documents(name, config, split, arguments.text_column)
     return documents["text"][: arguments.max_documents]

@@ -41,7 +41,10 @@ class EvaluationArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str | None = field(
-        default=None, metadata={"help": "Split of the text; without one, the last tenth where there is only one."}
+        default=None, metadata={"help": "Split of the text; without one, what is held out where there is only one."}
+    )
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "What is held out of the only split; that of the training where it is known."}
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     max_documents: int | None = field(default=None, metadata={"help": "Documents to score; all if unset."})

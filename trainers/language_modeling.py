@@ -276,7 +276,7 @@ def _train_and_save(
     trainer.save_model(_internal_call=True)
     trainer.save_state()
     if trainer.is_world_process_zero():
-        save_task_arguments(data_arguments, data_arguments.sequence_length, config.output_dir)
+        save_task_arguments(data_arguments.for_evaluation(), config.output_dir)
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()
     metrics["parameters"] = parameter_counts(trainer.model)["total"]

@@ -1,6 +1,6 @@
 """What a language-modelling run is configured by: the model, the data and the training."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
@@ -97,6 +97,11 @@ class DataArguments(TaskArguments):
     )
     num_examples: int = field(default=20_000, metadata={"help": "Training examples of all generated tasks."})
     num_validation_examples: int = field(default=300, metadata={"help": "Held-out examples of all generated tasks."})
+
+    def for_evaluation(self) -> dict:
+        """How tasks were made and written, and text cut and held out; where it all lay is nobody else's business."""
+        names = {field.name for field in fields(TaskArguments)} - {"babi_data", "babi_config"}
+        return {name: getattr(self, name) for name in (*sorted(names), "sequence_length", "validation_fraction")}
 
 
 @dataclass

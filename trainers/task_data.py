@@ -6,8 +6,8 @@ A task is `babi1` to `babi20`, `addition`, `subtraction`, `multiplication`, or `
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -56,11 +56,9 @@ class TaskArguments:
     spaced_digits: bool = field(default=False, metadata={"help": "Whether there is a space between digits."})
 
 
-def save_task_arguments(arguments: TaskArguments, sequence_length: int, folder: str | Path) -> None:
-    """Leaves beside a checkpoint how its tasks were made and written; where the data lay is nobody else's business."""
-    names = [field.name for field in fields(TaskArguments) if field.name not in ("babi_data", "babi_config")]
-    values = {name: getattr(arguments, name) for name in names} | {"sequence_length": sequence_length}
-    Path(folder, TASK_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def save_task_arguments(values: Mapping, folder: str | Path) -> None:
+    """Leaves beside a checkpoint what its evaluation has to know, by [`DataArguments.for_evaluation`]."""
+    Path(folder, TASK_FILE).write_text(json.dumps(dict(values), indent=2) + "\n", encoding="utf-8")
 
 
 def saved_task_arguments(folder: str | Path) -> dict:

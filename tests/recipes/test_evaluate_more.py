@@ -67,8 +67,9 @@ def test_an_evaluation_prints_its_results_and_where_they_are(finished):
 def test_the_questions_are_written_as_the_checkpoint_was_trained_unless_told_otherwise(finished):
     folder, _ = finished
     report = json.loads((folder / "results" / "eval_results.json").read_text())
-    # Facts and length are the checkpoint's, digits the command line's, the number of questions the file's.
+    # Facts, length and what is held out are the checkpoint's, digits the command line's, questions the file's.
     assert report["tasks"]["max_facts"] == 4 and report["settings"]["sequence_length"] == 64
+    assert report["settings"]["validation_fraction"] == 0.25
     assert report["tasks"]["max_digits"] == 2 and report["settings"]["num_questions"] == 16
     in_range = {row["digits"]: row["in_range"] for row in report["results"] if row["metric"] == "exact_match"}
     assert in_range == {1: True, 2: True, 3: False}

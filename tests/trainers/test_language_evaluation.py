@@ -183,6 +183,15 @@ def test_without_a_temperature_there_is_one_sample_of_each_prompt(evaluate, tmp_
     assert sample["continuation"] == solved.tokenizer.decode(output, skip_special_tokens=True)
 
 
+def test_of_a_text_with_one_split_only_what_training_held_out_is_scored(evaluate, tmp_path):
+    lines = [f"Document {index} says that water is wet." for index in range(20)]
+    for index, line in enumerate(lines):
+        (tmp_path / f"{index:02}.txt").write_text(line)
+    for fraction, held_out in ((0.1, 2), (0.25, 5)):
+        options = {"tasks": ["perplexity"], "dataset_name": str(tmp_path), "validation_fraction": fraction}
+        assert list(evaluate(tmp_path / "results", **options).data.texts) == lines[-held_out:]
+
+
 def test_a_text_too_short_for_perplexity_by_position_is_evaluated_all_the_same(evaluate, tmp_path, capsys):
     short = tmp_path / "short.txt"
     short.write_text("Mary moved to the garden.\n" * 3)

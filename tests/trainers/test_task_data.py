@@ -10,6 +10,7 @@ import datasets
 import pytest
 
 from mixturekit.trainers.babi import BabiQuestion, generate_stories, read_babi, write_babi
+from mixturekit.trainers.language_modeling_config import DataArguments
 from mixturekit.trainers.task_data import (
     BABI_TASKS,
     TaskArguments,
@@ -248,10 +249,12 @@ def test_generated_stories_are_not_renamed_into_those_held_out():
 
 
 def test_what_is_left_beside_a_checkpoint_says_how_to_ask_and_names_no_path(tmp_path):
-    arguments = TaskArguments(babi_data="/home/someone/babi", max_digits=5, reverse_answer=False)
-    save_task_arguments(arguments, 64, tmp_path)
+    asked = {"max_digits": 5, "reverse_answer": False}
+    cut = {"sequence_length": 64, "validation_fraction": 0.25}
+    arguments = DataArguments(babi_data="/home/someone/babi", dataset_name="/home/someone/text", **asked, **cut)
+    save_task_arguments(arguments.for_evaluation(), tmp_path)
     saved = saved_task_arguments(tmp_path)
     assert "someone" not in json.dumps(saved)
-    kept = {name: value for name, value in asdict(arguments).items() if name not in ("babi_data", "babi_config")}
-    assert saved == kept | {"sequence_length": 64}
+    kept = {name: value for name, value in asdict(TaskArguments(**asked)).items() if not name.startswith("babi_")}
+    assert saved == kept | cut
     assert saved_task_arguments(tmp_path / "elsewhere") == {}
