@@ -14,7 +14,7 @@ from .language_modeling_config import DataArguments, LanguageModelingConfig, Mod
 from .language_modeling_trainer import LanguageModelingTrainer
 from .offload_arguments import OffloadArguments
 from .process_checks import check_processes
-from .task_data import GENERATED, mix_examples, parse_task_weights, save_task_arguments
+from .task_data import GENERATED, mix_examples, parse_task_weights
 from .text_data import load_train_and_validation
 from .token_datasets import AnswerDataset, PackedTokens
 from .tokenization import load_tokenizer, tokenize_documents, train_tokenizer
@@ -253,19 +253,19 @@ def train_language_model(
             eval_dataset=validation,
             processing_class=tokenizer,
             store=store,
+            task_arguments=data_arguments.for_evaluation(),
         )
         # Tasks are sums, which are generated, and stories from somewhere.
         on_tasks = data_arguments.dataset_name == GENERATED
         trainer.card_facts["dataset"] = data_arguments.babi_data if on_tasks else data_arguments.dataset_name
         if on_tasks:
             trainer.card_facts["prompt"] = "Mary went to the kitchen."
-        return _train_and_save(trainer, checkpoint, data_arguments, offload)
+        return _train_and_save(trainer, checkpoint, offload)
 
 
 def _train_and_save(
     trainer: LanguageModelingTrainer,
     checkpoint: str | None,
-    data_arguments: DataArguments,
     offload: OffloadArguments | None,
 ) -> dict[str, float]:
     config, store = trainer.args, trainer.store
@@ -275,8 +275,6 @@ def _train_and_save(
     # What it would push lacks the card still.
     trainer.save_model(_internal_call=True)
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        save_task_arguments(data_arguments.for_evaluation(), config.output_dir)
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()
     metrics["parameters"] = parameter_counts(trainer.model)["total"]

@@ -75,6 +75,7 @@ def train_offloaded(
             data_collator=partial(pad_blocks, pad_token_id=padding),
             processing_class=tokenizer,
             store=store,
+            task_arguments=data_arguments.for_evaluation(),
         )
         if not checkpoint:
             remove_checkpoints(config.output_dir)

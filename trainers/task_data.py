@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+from transformers.utils import cached_file
 
 from .arithmetic import SYMBOLS, ArithmeticProblem, format_problem, generate_problems
 from .babi import (
@@ -23,6 +24,7 @@ from .babi import (
     split_stories,
 )
 from .splits import SPLITS, check_split
+from .text_data import local_path
 
 GENERATED = "generated"
 DEFAULT_TASKS = ("babi2", "babi3", "addition")
@@ -61,10 +63,14 @@ def save_task_arguments(values: Mapping, folder: str | Path) -> None:
     Path(folder, TASK_FILE).write_text(json.dumps(dict(values), indent=2) + "\n", encoding="utf-8")
 
 
-def saved_task_arguments(folder: str | Path) -> dict:
-    """What [`save_task_arguments`] left in `folder`; nothing for any other model."""
-    path = Path(folder, TASK_FILE)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def saved_task_arguments(name_or_path: str | Path) -> dict:
+    """What [`save_task_arguments`] left beside a model, in a folder or on the Hub; nothing for any other model."""
+    source = str(local_path(str(name_or_path)) or name_or_path)
+    try:
+        path = cached_file(source, TASK_FILE, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise FileNotFoundError(f"{source} cannot be read: {str(error).splitlines()[0]}") from error
+    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mixturekit.hub_cards import check_model_card
 from mixturekit.modeling import MoreConfig, MoreForCausalLM
+from mixturekit.trainers.checkpoints import MANIFEST, check_checkpoint
 from mixturekit.trainers.language_modeling import load_data, train_language_model
 from mixturekit.trainers.language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
 from mixturekit.trainers.language_modeling_trainer import LanguageModelingTrainer
 from mixturekit.trainers.recipe_parser import parse_recipe
+from mixturekit.trainers.task_data import TASK_FILE, saved_task_arguments
 from mixturekit.trainers.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +71,15 @@ def test_perplexity_is_of_the_language_modelling_loss_alone(finished):
     losses, perplexities = history(folder, "lm_loss"), history(folder, "perplexity")
     torch.testing.assert_close(torch.tensor(losses).exp(), torch.tensor(perplexities), rtol=1e-4, atol=0)
     assert metrics["eval_perplexity"] == pytest.approx(torch.tensor(metrics["eval_loss"]).exp().item(), rel=1e-5)
+
+
+def test_every_checkpoint_knows_what_its_evaluation_asks(tmp_path):
+    asked = {"reverse_answer": False, "max_digits": 2, "sequence_length": 192, "validation_fraction": 0.3}
+    train_language_model(*arguments(tmp_path, data=asked, max_steps=3))
+    for folder in (tmp_path, tmp_path / "checkpoint-3"):
+        assert asked.items() <= saved_task_arguments(folder).items()
+    manifest = json.loads((tmp_path / "checkpoint-3" / MANIFEST).read_text())
+    assert TASK_FILE in manifest["files"] and check_checkpoint(tmp_path / "checkpoint-3") is None
 
 
 def test_tensorboard_has_the_losses_the_speed_and_the_routing_of_each_layer(finished):

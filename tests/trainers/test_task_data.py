@@ -257,4 +257,7 @@ def test_what_is_left_beside_a_checkpoint_says_how_to_ask_and_names_no_path(tmp_
     assert "someone" not in json.dumps(saved)
     kept = {name: value for name, value in asdict(TaskArguments(**asked)).items() if not name.startswith("babi_")}
     assert saved == kept | cut
+    (tmp_path / "elsewhere").mkdir()
     assert saved_task_arguments(tmp_path / "elsewhere") == {}
+    with pytest.raises(FileNotFoundError, match="No file or folder '.*/nowhere'"):
+        saved_task_arguments(tmp_path / "nowhere")
