@@ -204,6 +204,7 @@ def generate_stories(
     num_places: int = 6,
     num_objects: int = 3,
     num_wordings: int = 5,
+    at_most: bool = False,
 ) -> list[BabiQuestion]:
     """
     Generate stories of people who move about, take objects and drop them, each with one question at its end.
@@ -229,6 +230,7 @@ def generate_stories(
         num_objects (`int`, *optional*, defaults to `3`): Objects, six at most.
         num_wordings (`int`, *optional*, defaults to `5`): Ways to say the same thing, five at most. One is learned in
             about half the steps.
+        at_most (`bool`, *optional*, defaults to `False`): Returns all stories that are found where these are fewer.
 
     Returns:
         `list[BabiQuestion]`: `num_questions` questions.
@@ -250,6 +252,8 @@ def generate_stories(
     questions: list[BabiQuestion] = []
     held_out: set[BabiQuestion] = set()
     while len(questions) < num_questions:
+        if not lengths and questions and at_most:
+            break
         if not lengths:
             raise ValueError(
                 f"num_questions is {num_questions}: split {split!r} has only {len(questions)} {task} stories of at "

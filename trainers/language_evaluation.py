@@ -70,8 +70,8 @@ def load_evaluation_data(arguments: EvaluationArguments, task_arguments: TaskArg
     data = EvaluationData()
     for task in arguments.tasks:
         if task in BABI_TASKS:
-            wanted = arguments.num_questions
-            data.questions[task] = load_examples(task, task_arguments, arguments.split, wanted, arguments.seed)
+            wanted = (arguments.split, arguments.num_questions, arguments.seed)
+            data.questions[task] = load_examples(task, task_arguments, *wanted, at_most=True)
             data.candidates[task] = sorted({example.answer for example in data.questions[task]})
         elif task == "arithmetic" or task in SYMBOLS:
             for operation in SYMBOLS if task == "arithmetic" else (task,):
@@ -100,12 +100,7 @@ def _load_sums(
 
 def _load_shots(task: str, arguments: EvaluationArguments, task_arguments: TaskArguments) -> str:
     wanted, seed = arguments.num_shots, arguments.seed
-    if task in SYMBOLS:
-        length = {"max_digits": task_arguments.max_digits, "at_most": True}
-        problems = generate_problems(task, 50 * wanted, "train", seed, **length)
-        many = [arithmetic_example(problem, task_arguments) for problem in problems]
-    else:
-        many = load_examples(task, task_arguments, "train", 50 * wanted, seed)
+    many = load_examples(task, task_arguments, "train", 50 * wanted, seed, at_most=True)
     if len(many) < wanted:
         raise ValueError(f"num_shots is {wanted}: there are only {len(many)} examples of {task} to train on.")
     return few_shot_prefix(random.Random(f"{task} {seed}").sample(many, wanted))

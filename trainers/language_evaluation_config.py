@@ -57,7 +57,9 @@ class EvaluationArguments:
     )
 
     split: str = field(default="test", metadata={"help": "Split of stories and sums: train, validation or test."})
-    num_questions: int = field(default=1000, metadata={"help": "Questions of each bAbI task."})
+    num_questions: int = field(
+        default=1000, metadata={"help": "Questions of each bAbI task, or as many as there are."}
+    )
     num_shots: int = field(default=0, metadata={"help": "Solved examples before each question."})
     digits: list[int] = field(
         default_factory=lambda: [1, 2, 3, 4, 5], metadata={"help": "Digits of the operands, each on its own."}

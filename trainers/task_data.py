@@ -142,6 +142,7 @@ def load_examples(
     *,
     supporting_facts: bool = False,
     num_renamings: int = 0,
+    at_most: bool = False,
 ) -> list[TaskExample]:
     """
     The examples of one task.
@@ -157,11 +158,13 @@ def load_examples(
             facts that they follow from.
         num_renamings (`int`, *optional*, defaults to 0): Copies of each story with other names, which generated ones
             do not take; see [`~babi.rename_entities`].
+        at_most (`bool`, *optional*, defaults to `False`): Whether fewer will do where no more can be generated.
     """
     check_split(split)
     (task,) = check_tasks([task])
     if task in SYMBOLS:
-        problems = generate_problems(task, num_examples, split, seed, max_digits=arguments.max_digits)
+        length = {"max_digits": arguments.max_digits, "at_most": at_most}
+        problems = generate_problems(task, num_examples, split, seed, **length)
         return [arithmetic_example(problem, arguments) for problem in problems]
     if arguments.babi_data == GENERATED:
         if task not in GENERATED_TASKS:
@@ -173,7 +176,8 @@ def load_examples(
             )
         world = {name: getattr(arguments, f"num_{name}") for name in ("people", "places", "objects", "wordings")}
         options = {f"num_{name}": value for name, value in world.items()}
-        questions = generate_stories(task, num_examples, split, seed, max_facts=arguments.max_facts, **options)
+        options |= {"max_facts": arguments.max_facts, "at_most": at_most}
+        questions = generate_stories(task, num_examples, split, seed, **options)
     else:
         questions = _stored_questions(task, arguments, split)[:num_examples]
     questions = [*questions, *rename_entities(questions, num_renamings, seed)]

@@ -246,6 +246,12 @@ def test_solved_examples_are_of_the_training_split_and_the_same_in_every_run(eva
     assert plain[0]["value"] == 1.0 > shown[0]["value"]
 
 
+def test_of_few_stories_all_are_asked(evaluate, tmp_path):
+    questions = evaluate(tmp_path, tasks=["babi2"], num_questions=5000).data.questions["babi2"]
+    assert 16 < len(questions) < 5000
+    assert len({example.prompt for example in questions}) == len(questions)
+
+
 def test_of_few_sums_as_many_are_shown_as_there_are(evaluate, tmp_path):
     shots = evaluate(tmp_path, tasks=["addition"], num_shots=40).data.shots["addition"]
     assert len(set(shots.split("\n\n"))) == 41
