@@ -287,6 +287,7 @@ class LanguageModelEvaluation:
                 bucket=max(1, options.sequence_length // 2),
                 batch_size=max(1, options.batch_size // _LENGTHS),
                 num_recurrences=depth,
+                detokenize=options.detokenize,
             )
         except ValueError as error:
             # A text that is too short for this has a perplexity all the same.

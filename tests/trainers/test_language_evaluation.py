@@ -137,6 +137,21 @@ def test_perplexity_by_position_goes_beyond_the_training_length_and_says_so(fini
     assert [row["in_range"] for row in rows] == [True] * 2 + [False] * 6
 
 
+def test_all_perplexities_are_of_the_same_writing(evaluate, tmp_path):
+    written = "Mary went to the well-known garden, and the milk was there.\n" * 30
+    pieces = written.replace("-", " @-@ ").replace(",", " ,").replace(".", " .")
+    values = []
+    for name, text, detokenize in (("written", written, False), ("pieces", pieces, True), ("left", pieces, False)):
+        path = tmp_path / f"{name}.txt"
+        path.write_text(text)
+        options = {"dataset_name": str(path), "dataset_split": "train", "detokenize": detokenize}
+        report = evaluate(tmp_path / name, tasks=["perplexity", "generation"], **options).run()
+        values.append(
+            [row["value"] for row in report["results"] if "position" in row or row["metric"] == "perplexity"]
+        )
+    assert len(values[0]) > 1 and values[1] == values[0] != values[2]
+
+
 def test_the_csv_has_one_row_per_question_at_the_models_own_depth(finished, solved):
     folder, report = finished
     rows = read_csv(folder / "answers.csv")
