@@ -27,7 +27,7 @@ from .perplexity import perplexity_by_position, score_texts
 from .question_answering import AnsweredQuestion, QuestionAnswerer, few_shot_prefix
 from .routes import record_routes
 from .routing_report import write_report
-from .task_data import BABI_TASKS, TaskArguments, TaskExample, arithmetic_example, load_examples
+from .task_data import BABI_TASKS, TaskArguments, TaskExample, arithmetic_example, check_sources, load_examples
 from .text_data import dataset_splits, load_documents, split_documents
 from .tokenization import encode_answers, encode_prompts, load_tokenizer
 from .whole_files import write_whole_text
@@ -77,6 +77,7 @@ def load_evaluation_data(arguments: EvaluationArguments, task_arguments: TaskArg
             for operation in SYMBOLS if task == "arithmetic" else (task,):
                 for digits in arguments.digits:
                     data.sums[operation, digits] = _load_sums(operation, digits, arguments, task_arguments)
+    check_sources(data.questions, task_arguments)
     if arguments.num_shots:
         for task in {*data.questions, *(operation for operation, _ in data.sums)}:
             data.shots[task] = _load_shots(task, arguments, task_arguments)

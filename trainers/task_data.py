@@ -184,6 +184,18 @@ def load_examples(
     return [babi_example(task, question, supporting_facts) for question in questions]
 
 
+def check_sources(examples: Mapping[str, Sequence[TaskExample]], arguments: TaskArguments) -> None:
+    """Raises a `ValueError` if two tasks have the same stories: their source is of one task, and does not know it."""
+    stories: dict[tuple[str, ...], str] = {}
+    for task in filter(BABI_TASKS.__contains__, examples):
+        other = stories.setdefault(tuple(example.prompt for example in examples[task]), task)
+        if other != task:
+            raise ValueError(
+                f"{arguments.babi_data} has the same stories for {other} as for {task}: name the one task that they "
+                "are of, or give a folder with a file for each."
+            )
+
+
 def babi_example(task: str, question: BabiQuestion, supporting_facts: bool = False) -> TaskExample:
     """The example of a question of a story, explained by its supporting facts if asked for."""
     prompt, answer = format_question(question)
@@ -222,6 +234,7 @@ def mix_examples(
             index = generated.index(task)
             share = num_generated // len(generated) + (index < num_generated % len(generated))
         parts.append(load_examples(task, arguments, split, share, seed, **options))
+    check_sources(dict(zip(weights, parts, strict=True)), arguments)
     examples = [example for part in parts for example in part]
     if split == "train" and len(set(weights.values())) > 1:
         total = sum(weights.values())
@@ -241,6 +254,10 @@ def mix_examples(
 def _stored_questions(task: str, arguments: TaskArguments, split: str) -> list[BabiQuestion]:
     """The questions of `split` from files or the Hub; held out of the training questions if there is no such split."""
     path = Path(arguments.babi_data).expanduser()
+    name = path.name if path.is_file() else arguments.babi_config or ""
+    named = re.search(r"(?<![a-zA-Z])qa(\d+)", name)
+    if named and f"babi{named[1]}" != task:
+        raise ValueError(f"{name} has the stories of babi{named[1]}, not of {task}.")
     if path.exists():
         splits = _babi_files(path, task)
         read = read_babi

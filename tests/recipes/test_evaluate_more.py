@@ -117,6 +117,7 @@ def broken_story(folder):
         (["--model_name_or_path", "./no"], "FileNotFoundError: No file or folder './no'"),
         (["--output_dir", "{folder}/old"], "old/eval_results.json is there: choose another --output_dir, or replace"),
         (["--babi_data", "{folder}/{broken}"], "{broken}, line 3: expected 'ID question<TAB>answer<TAB>supporting"),
+        (["--babi_data", "{folder}/my.txt", "--tasks", "babi2", "babi3"], "my.txt has the same stories for babi2 as"),
         (["--babi_data", "./no_stories.txt"], "FileNotFoundError: No file or folder './no_stories.txt' with bAbI"),
         (["--config", "{folder}/wrong.yaml"], "wrong.yaml has unknown options: taks."),
         (["--update_model_card"], "FileNotFoundError: There is no model card in {model} to update."),
@@ -127,6 +128,8 @@ def test_bad_input_is_one_sentence(solved, tmp_path, run_here, options, message)
     shutil.copytree(solved.folder, tmp_path / "model", ignore=shutil.ignore_patterns("README.md"))
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "eval_results.json").write_text("{}")
+    pair = (f"1 {name} went home.\n2 Where is {name}?\thome\t1\n" for name in ("Mary", "John"))
+    (tmp_path / "my.txt").write_text("".join(pair) * 5)
     (tmp_path / "wrong.yaml").write_text("taks: [babi2]\n")
     line = ["--model_name_or_path", names["model"], "--tasks", "babi2", "--output_dir", tmp_path / "new", "--use_cpu"]
     # What is given twice has the later value, except for the list of tasks.

@@ -144,6 +144,28 @@ def test_a_file_alone_is_enough(folder):
     assert load_examples("babi2", alone, "train") == load_examples("babi2", whole, "train")
 
 
+def test_the_file_of_one_task_has_no_stories_of_another(folder, tmp_path):
+    alone = TaskArguments(babi_data=str(folder / "qa2_two-supporting-facts_train.txt"))
+    with pytest.raises(ValueError, match="qa2_two-supporting-facts_train.txt has the stories of babi2, not of babi3"):
+        load_examples("babi3", alone, "train")
+    on_hub = TaskArguments(babi_data="owner/babi", babi_config="en-10k-qa12")
+    with pytest.raises(ValueError, match="en-10k-qa12 has the stories of babi12, not of babi1"):
+        load_examples("babi1", on_hub, "train")
+
+
+def test_stories_that_do_not_say_of_which_task_they_are_are_of_one(tmp_path):
+    write_babi(stories(50), tmp_path / "mine.txt")
+    arguments = TaskArguments(babi_data=str(tmp_path / "mine.txt"))
+    one, two = ({"babi7": 1.0, "addition": 1.0}, {"babi7": 1.0, "babi8": 1.0})
+    assert Counter(example.task for example in mix_examples(one, arguments, "train", 9)) == {
+        "babi7": 45,
+        "addition": 9,
+    }
+    for split in ("train", "validation"):
+        with pytest.raises(ValueError, match="mine.txt has the same stories for babi7 as for babi8"):
+            mix_examples(two, arguments, split, 9)
+
+
 def test_two_versions_of_the_data_in_one_folder_are_refused(folder):
     (folder / "en").mkdir()
     write_babi(stories(2), folder / "en" / "qa2_two-supporting-facts_train.txt")
