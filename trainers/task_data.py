@@ -109,10 +109,10 @@ def check_tasks(tasks: Sequence[str]) -> list[str]:
     return [name for task in tasks for name in (SYMBOLS if task == "arithmetic" else [task])]
 
 
-def parse_task_weights(tasks: Sequence[str]) -> dict[str, float]:
+def parse_task_weights(tasks: Sequence[str]) -> dict[str, float | None]:
     """
     The shares of a mixture such as `["babi2:3", "arithmetic"]`: here babi2 has 3 of 4 examples and each kind of sum a
-    third of the rest. Without any weight, the shares are what the sizes of the tasks make them, and all are 1.
+    third of the rest. Without any weight, the shares are what the sizes of the tasks make them, and all are `None`.
     """
     weights: dict[str, float] = {}
     for item in tasks:
@@ -130,7 +130,7 @@ def parse_task_weights(tasks: Sequence[str]) -> dict[str, float]:
             weights[name] = weight / len(names)
     check_tasks(list(weights))
     has_weights = any(":" in item for item in tasks)
-    return weights if has_weights else dict.fromkeys(weights, 1.0)
+    return weights if has_weights else dict.fromkeys(weights)
 
 
 def load_examples(
@@ -212,14 +212,19 @@ def arithmetic_example(problem: ArithmeticProblem, arguments: TaskArguments) -> 
 
 
 def mix_examples(
-    weights: dict[str, float], arguments: TaskArguments, split: str, num_generated: int, seed: int = 0, **options
+    weights: Mapping[str, float | None],
+    arguments: TaskArguments,
+    split: str,
+    num_generated: int,
+    seed: int = 0,
+    **options,
 ) -> list[TaskExample]:
     """
     A mixture of tasks.
 
     Args:
-        weights (`dict[str, float]`): The share of each task, from [`parse_task_weights`]. Where they are equal, each
-            example is there once; otherwise tasks are drawn by weight until each has been seen as a whole.
+        weights (`Mapping[str, float]`): The share of each task, from [`parse_task_weights`]. Where they are `None`,
+            each example is there once; otherwise tasks are drawn by weight until each has been seen as a whole.
         arguments ([`TaskArguments`]): Where the examples come from.
         split (`str`): `"train"`, `"validation"` or `"test"`; only in training do weights count.
         num_generated (`int`): Examples of all generated tasks together, in equal shares.
@@ -236,7 +241,7 @@ def mix_examples(
         parts.append(load_examples(task, arguments, split, share, seed, **options))
     check_sources(dict(zip(weights, parts, strict=True)), arguments)
     examples = [example for part in parts for example in part]
-    if split == "train" and len(set(weights.values())) > 1:
+    if split == "train" and None not in weights.values():
         total = sum(weights.values())
         starts = [sum(map(len, parts[:index])) for index in range(len(parts))]
         numbers = [

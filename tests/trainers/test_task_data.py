@@ -23,7 +23,7 @@ from mixturekit.trainers.task_data import (
 )
 
 BABI = Path(os.environ.get("MIXTUREKIT_DATA", Path(__file__).parents[2] / "../shared/data")) / "babi"
-DEFAULT = {"babi2": 1.0, "babi3": 1.0, "addition": 1.0}
+DEFAULT = dict.fromkeys(("babi2", "babi3", "addition"))
 
 
 def stories(count, seed=0, task="babi2"):
@@ -67,20 +67,32 @@ def test_weights_are_the_shares_of_a_mixture_and_no_example_is_left_out():
     examples = mix_examples(weights, TaskArguments(), "train", 600)
     counts = Counter(example.task for example in examples)
     assert counts["babi2"] / len(examples) == pytest.approx(0.75, abs=0.04)
-    whole = mix_examples({"babi2": 1.0, "addition": 1.0}, TaskArguments(), "train", 600)
+    whole = mix_examples(dict.fromkeys(weights), TaskArguments(), "train", 600)
     assert set(prompts(examples)) == set(prompts(whole))
     assert examples == mix_examples(weights, TaskArguments(), "train", 600)
+
+
+def test_equal_weights_are_equal_shares_of_tasks_of_different_sizes(folder):
+    arguments = TaskArguments(babi_data=str(folder))
+    shares = []
+    for tasks in (["babi2:1", "addition:1"], ["babi2", "addition"]):
+        examples = mix_examples(parse_task_weights(tasks), arguments, "train", 400)
+        shares.append(sum(example.task == "babi2" for example in examples) / len(examples))
+    assert shares == [pytest.approx(0.5, abs=0.05), 45 / 445]
+    # One task has all of its examples once, whatever its weight.
+    alone = (mix_examples(parse_task_weights([task]), arguments, "train", 0) for task in ("babi2:5", "babi2"))
+    assert len({tuple(sorted(prompts(examples))) for examples in alone}) == 1
 
 
 def test_weights_change_training_only():
     arguments, weights = TaskArguments(), {"babi2": 3.0, "addition": 1.0}
     assert mix_examples(weights, arguments, "validation", 40) == mix_examples(
-        dict.fromkeys(weights, 1.0), arguments, "validation", 40
+        dict.fromkeys(weights), arguments, "validation", 40
     )
 
 
 def test_arithmetic_is_its_three_operations_in_equal_shares():
-    assert parse_task_weights(["arithmetic"]) == dict.fromkeys(("addition", "subtraction", "multiplication"), 1.0)
+    assert parse_task_weights(["arithmetic"]) == dict.fromkeys(("addition", "subtraction", "multiplication"))
     weights = parse_task_weights(["babi2:1", "arithmetic:3"])
     assert weights == {"babi2": 1.0, "addition": 1.0, "subtraction": 1.0, "multiplication": 1.0}
 
@@ -156,7 +168,7 @@ def test_the_file_of_one_task_has_no_stories_of_another(folder, tmp_path):
 def test_stories_that_do_not_say_of_which_task_they_are_are_of_one(tmp_path):
     write_babi(stories(50), tmp_path / "mine.txt")
     arguments = TaskArguments(babi_data=str(tmp_path / "mine.txt"))
-    one, two = ({"babi7": 1.0, "addition": 1.0}, {"babi7": 1.0, "babi8": 1.0})
+    one, two = ({"babi7": None, "addition": None}, {"babi7": None, "babi8": None})
     assert Counter(example.task for example in mix_examples(one, arguments, "train", 9)) == {
         "babi7": 45,
         "addition": 9,
