@@ -99,6 +99,8 @@ class EnvironmentArguments:
         for name in ("num_envs", "unroll_len", "num_demonstrations", "eval_episodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        if self.eval_first_seed < 0:
+            raise ValueError(f"eval_first_seed is {self.eval_first_seed}: it must be at least 0.")
         if not 0 <= self.dagger_beta_start <= 1:
             raise ValueError(f"dagger_beta_start is {self.dagger_beta_start}: a probability is between 0 and 1.")
         if self.dagger_beta_steps < 0:

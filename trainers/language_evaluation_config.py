@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .recipe_parser import RepeatableOption
 from .task_data import TASKS
+from .whole_files import check_folder
 
 EVALUATIONS = ("perplexity", "generation", *TASKS)
 
@@ -100,6 +101,7 @@ class EvaluationArguments:
         self._check_files()
 
     def _check_files(self):
+        check_folder(self.output_dir)
         if self.prompts_file is not None and not Path(self.prompts_file).is_file():
             raise FileNotFoundError(f"There is no file {self.prompts_file} with prompts.")
         results = Path(self.output_dir, "eval_results.json")

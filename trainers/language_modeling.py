@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from ..modeling import ExpertStore, MoreConfig, MoreForCausalLM, initialize_offloaded, load_offloaded
 from .checkpoints import check_checkpoint, checkpoints_of, newest_checkpoint, remove_checkpoints
@@ -57,6 +57,13 @@ def check_output_dir(config: TrainingArguments) -> str | None:
             "--resume_from_checkpoint last, or replace it with --overwrite_output_dir."
         )
     return None
+
+
+def check_sequence_length(sequence_length: int, config: PreTrainedConfig) -> None:
+    """Raises `ValueError` for sequences that the model of `config` has no positions for."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and sequence_length > limit:
+        raise ValueError(f"sequence_length is {sequence_length}: the model takes {limit} tokens at most.")
 
 
 def load_data(
@@ -223,7 +230,7 @@ def train_language_model(
     # With parameters on a disk by DeepSpeed the folder is for these.
     offloaded = not check_zero_offload(config, offload.nvme_path if offloaded else None) and offloaded
     checkpoint = check_output_dir(config)
-    load_config(model_arguments)
+    check_sequence_length(data_arguments.sequence_length, load_config(model_arguments))
     if offloaded and config.world_size > 1:
         raise ValueError(
             f"--nvme_path is for one process, not for {config.world_size}: a store has one user at a time."

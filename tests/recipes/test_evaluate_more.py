@@ -116,6 +116,7 @@ def broken_story(folder):
         (["--tasks", "perplexity", "--dataset_name", "./no.txt"], "FileNotFoundError: No file or folder './no.txt'"),
         (["--model_name_or_path", "./no"], "FileNotFoundError: No file or folder './no'"),
         (["--output_dir", "{folder}/old"], "old/eval_results.json is there: choose another --output_dir, or replace"),
+        (["--output_dir", "{folder}/wrong.yaml"], "wrong.yaml cannot be a folder, because {folder}/wrong.yaml is a"),
         (["--babi_data", "{folder}/{broken}"], "{broken}, line 3: expected 'ID question<TAB>answer<TAB>supporting"),
         (["--babi_data", "{folder}/my.txt", "--tasks", "babi2", "babi3"], "my.txt has the same stories for babi2 as"),
         (["--babi_data", "./no_stories.txt"], "FileNotFoundError: No file or folder './no_stories.txt' with bAbI"),

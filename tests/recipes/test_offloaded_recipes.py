@@ -127,6 +127,9 @@ def test_other_mixtures_train_further(trained, run, tmp_path, family):
     ]
     options += ["--max_steps", 4, "--eval_strategy", "no", "--warmup_steps", 0, "--output_dir", tmp_path / "out"]
     options += ["--report_to", "none", "--fast_capacity", 3, "--ram_capacity", 2, "--bf16", False]
+    limit = config.max_position_embeddings
+    refused, _ = run("train_offloaded.py", *options, "--sequence_length", limit + 1)
+    assert refused == f"ValueError: sequence_length is {limit + 1}: the model takes {limit} tokens at most."
     code, printed = run("train_offloaded.py", *options)
     assert code is None
     assert "MB were read" in printed

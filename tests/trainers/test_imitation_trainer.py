@@ -313,6 +313,7 @@ def test_the_baseline_has_as_many_parameters_as_the_pathways():
         pytest.param({"num_envs": 0}, "num_envs is 0: it must be at least 1", id="no_environments"),
         pytest.param({"env_id": [LEVEL, OTHER], "num_envs": 1}, "num_envs is 1 for 2 levels", id="few_environments"),
         pytest.param({"unroll_len": 0}, "unroll_len is 0", id="no_steps"),
+        pytest.param({"eval_first_seed": -1}, "eval_first_seed is -1: it must be at least 0", id="first_seed"),
         pytest.param({"student_acting": "random"}, "student_acting is 'random'", id="acting"),
         pytest.param({"dagger_beta_start": 1.5}, "a probability is between 0 and 1", id="beta"),
     ],

@@ -276,6 +276,7 @@ BAD_INPUT = {
     "zero_recurrences": ({"num_recurrences": 0}, {}, {}, "`num_recurrences` is 0"),
     "unknown_preset": ({"preset": "huge"}, {}, {}, "Unknown preset 'huge'; choose one of debug, tiny"),
     "missing_data": ({}, {"dataset_name": "./nowhere.txt"}, {}, "nowhere.txt"),
+    "too_long": ({}, {"sequence_length": 2049}, {}, "sequence_length is 2049: the model takes 2048 tokens at most"),
     "no_tokenizer": ({}, {"train_tokenizer": False}, {}, "No tokenizer"),
     "nothing_to_resume": ({}, {}, {"resume_from_checkpoint": "last"}, "No checkpoint to resume"),
 }  # fmt: skip
