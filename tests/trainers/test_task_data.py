@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from mixturekit.trainers.babi import BabiQuestion, generate_stories, read_babi, write_babi
+from mixturekit.trainers.babi import BabiQuestion, generate_stories, read_babi
 from mixturekit.trainers.language_modeling_config import DataArguments
 from mixturekit.trainers.task_data import (
     BABI_TASKS,
@@ -31,7 +31,7 @@ def stories(count, seed=0, task="babi2"):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, write_babi):
     """A folder with the training file of task 2, of 50 questions."""
     write_babi(stories(50), tmp_path / "qa2_two-supporting-facts_train.txt")
     return tmp_path
@@ -122,7 +122,7 @@ def test_without_other_files_the_last_tenth_is_held_out(folder):
     assert test == validation
 
 
-def test_what_is_held_out_is_cut_between_two_stories(tmp_path):
+def test_what_is_held_out_is_cut_between_two_stories(tmp_path, write_babi):
     facts = tuple(f"Mary moved to the {place}." for place in ("garden", "office", "kitchen", "hallway"))
     growing = [BabiQuestion(facts[: end + 1], "Where is Mary?", "garden", (0,)) for end in range(4)]
     alone = BabiQuestion(("John moved to the garden.",), "Where is John?", "garden", (0,))
@@ -133,7 +133,7 @@ def test_what_is_held_out_is_cut_between_two_stories(tmp_path):
     assert [len(train), len(validation)] == [8, 4]
 
 
-def test_test_and_validation_files_are_used_where_they_are(folder):
+def test_test_and_validation_files_are_used_where_they_are(folder, write_babi):
     write_babi(stories(7, seed=1), folder / "qa2_two-supporting-facts_test.txt")
     arguments = TaskArguments(babi_data=str(folder))
     assert [len(load_examples("babi2", arguments, split)) for split in ("train", "validation", "test")] == [45, 5, 7]
@@ -142,7 +142,7 @@ def test_test_and_validation_files_are_used_where_they_are(folder):
 
 
 @pytest.mark.parametrize("task", BABI_TASKS)
-def test_each_of_the_twenty_tasks_is_found_by_its_file(tmp_path, task):
+def test_each_of_the_twenty_tasks_is_found_by_its_file(tmp_path, task, write_babi):
     for number in range(1, 21):
         write_babi(stories(2, seed=number) * 10, tmp_path / f"qa{number}_some-name_test.txt")
     number = int(task.removeprefix("babi"))
@@ -165,7 +165,7 @@ def test_the_file_of_one_task_has_no_stories_of_another(folder, tmp_path):
         load_examples("babi1", on_hub, "train")
 
 
-def test_stories_that_do_not_say_of_which_task_they_are_are_of_one(tmp_path):
+def test_stories_that_do_not_say_of_which_task_they_are_are_of_one(tmp_path, write_babi):
     write_babi(stories(50), tmp_path / "mine.txt")
     arguments = TaskArguments(babi_data=str(tmp_path / "mine.txt"))
     one, two = ({"babi7": None, "addition": None}, {"babi7": None, "babi8": None})
@@ -178,7 +178,7 @@ def test_stories_that_do_not_say_of_which_task_they_are_are_of_one(tmp_path):
             mix_examples(two, arguments, split, 9)
 
 
-def test_two_versions_of_the_data_in_one_folder_are_refused(folder):
+def test_two_versions_of_the_data_in_one_folder_are_refused(folder, write_babi):
     (folder / "en").mkdir()
     write_babi(stories(2), folder / "en" / "qa2_two-supporting-facts_train.txt")
     with pytest.raises(ValueError, match="has both .* give the folder of one version"):
