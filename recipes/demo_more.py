@@ -60,14 +60,14 @@ def train_side_by_side(folder: Path, options: list[str]) -> None:
 
 
 def held_out():
-    """The quickstart's held-out stories and sums."""
+    """The quickstart's stories and sums for tests; by those for validation its best checkpoints are chosen."""
     from mixturekit.trainers.language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
     from mixturekit.trainers.recipe_parser import parse_recipe
     from mixturekit.trainers.task_data import mix_examples, parse_task_weights
 
     quickstart = ["--config", str(RECIPES / "more/quickstart.yaml")]
     _, data, _ = parse_recipe((ModelArguments, DataArguments, LanguageModelingConfig), quickstart)
-    return mix_examples(parse_task_weights(data.task), data, "validation", data.num_validation_examples)
+    return mix_examples(parse_task_weights(data.task), data, "test", data.num_validation_examples)
 
 
 def answer(checkpoint: Path, examples: list) -> dict:

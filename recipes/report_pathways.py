@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mixturekit.trainers.recipe_parser import RepeatableOption, parse_recipe
 from mixturekit.trainers.recipe_process import errors_in_one_sentence
+from mixturekit.trainers.whole_files import check_folder
 
 NUMBERS = "pathways.json"
 
@@ -71,6 +72,7 @@ class ReportArguments:
                 raise ValueError(f"There is no folder {source}.")
         if Path(self.output).suffix.lower() != ".html":
             raise ValueError(f"--output is {self.output}: its name must end in .html.")
+        check_folder(Path(self.output).parent)
         there = [path.name for path in (Path(self.output), Path(self.output).with_name(NUMBERS)) if path.exists()]
         if there and not self.overwrite:
             raise ValueError(f"{Path(self.output).parent} has a report ({', '.join(there)}): add --overwrite.")
@@ -85,6 +87,7 @@ def load(arguments: ReportArguments):
 
     def load_one(source, levels):
         options = {"env_id": levels, "use_cpu": arguments.use_cpu, "overwrite": True}
+        options["output_dir"] = str(Path(arguments.output).parent)
         return load_evaluated_policy(PolicyEvaluationArguments(source, **options))
 
     runs = [TrainingRun.read(folder) for folder in arguments.difficulty_runs]

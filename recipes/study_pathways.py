@@ -5,7 +5,7 @@ python recipes/study_pathways.py --config recipes/babyai/study.yaml --num_seeds 
 The biases are those of Cook, Akarca, Costa and Achterberg (arXiv 2506.02813): a price on large experts, alpha above 0;
 that price divided by the task's loss; and dropout of experts of little weight. How hard a level is comes from runs of
 one small expert on that level alone. Runs that have finished are kept, so that an interrupted study goes on where it
-stopped. Options that are not known here go to `recipes/train_babyai.py`.
+stopped. Options that are not known here go to `recipes/train_babyai.py`, except those in which the runs differ.
 """
 
 import argparse
@@ -65,6 +65,9 @@ def main() -> None:
         parser.error(f"--num_seeds is {arguments.num_seeds}: consistency is between at least 2.")
     folder = Path(arguments.output_dir)
     runs = planned_runs(folder, arguments)
+    own = own_options(runs, options)
+    if own:
+        parser.error(f"{', '.join(own)}: what the runs differ in is chosen here; set what they share in the YAML.")
     runs = {run: [*chosen, *options] for run, chosen in runs.items()}
     train_runs(RECIPES / "train_babyai.py", arguments.config, runs, has_finished, arguments.jobs)
     rows = measure(folder, arguments)
@@ -89,6 +92,13 @@ def planned_runs(folder: Path, arguments) -> dict[Path, list[str]]:
             alone = ["--env_id", level, "--mop_layers", "64", "--max_steps", str(arguments.difficulty_steps)]
             runs[run_folder(folder, level, seed)] = [*alone, *FREE, *KEPT, "--seed", str(seed)]
     return runs
+
+
+def own_options(runs: dict[Path, list[str]], options: list[str]) -> list[str]:
+    """Those of the options to pass on that some run has a value for already, which they would replace or add to."""
+    taken = {option for chosen in runs.values() for option in chosen if option.startswith("--")} | {"--num_updates"}
+    given = (option.partition("=")[0] for option in options if option.startswith("--"))
+    return [option for option in given if f"--{option[2:].replace('-', '_')}" in taken]
 
 
 def has_finished(run: Path) -> bool:

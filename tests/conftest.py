@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from mixturekit.modeling import MoreConfig, MoreForCausalLM
 from mixturekit.trainers.arithmetic import generate_problems
 from mixturekit.trainers.language_modeling_card import card_of_language_model, language_model_record
-from mixturekit.trainers.language_modeling_config import LanguageModelingConfig
+from mixturekit.trainers.language_modeling_config import DataArguments, LanguageModelingConfig
 from mixturekit.trainers.task_data import (
     GENERATED,
     TaskArguments,
@@ -72,7 +72,8 @@ def solved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("solved")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_task_arguments(arguments, 64, folder)
+    trained_on = DataArguments(max_facts=4, max_digits=1, sequence_length=64, validation_fraction=0.25)
+    save_task_arguments(trained_on.for_evaluation(), folder)
     state = TrainerState(log_history=[{"step": 1, "eval_loss": 0.03, "eval_perplexity": 1.03}])
     run = LanguageModelingConfig(output_dir=str(folder), use_cpu=True)
     record = language_model_record(model, run, state, GENERATED)

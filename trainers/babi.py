@@ -1,4 +1,4 @@
-"""The bAbI stories: reading and writing their text format, and generating new ones of two and three supporting facts.
+"""The bAbI stories: reading their text format, and generating new ones of two and three supporting facts.
 
 The format (Weston et al. 2015, arXiv:1502.05698) numbers the lines of a story from 1; a question line adds the answer
 and the numbers of the sentences that it follows from:
@@ -11,7 +11,7 @@ and the numbers of the sentences that it follows from:
 import itertools
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -169,29 +169,6 @@ def _shuffled(rng: random.Random, items: Sequence[str]) -> list[str]:
     return sorted(items, key=lambda _: rng.random())
 
 
-def write_babi(questions: Iterable[BabiQuestion], path: str | Path) -> None:
-    """
-    Write questions in the original format; `read_babi` gives them back.
-
-    A question whose facts begin with those of the question before continues its story.
-    """
-    told: tuple[str, ...] = ()
-    number, line_of_fact = 0, []
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        for question in questions:
-            if question.facts[: len(told)] != told:
-                told, number, line_of_fact = (), 0, []
-            for fact in question.facts[len(told) :]:
-                number += 1
-                line_of_fact.append(number)
-                file.write(f"{number} {fact}\n")
-            number += 1
-            supporting = " ".join(str(line_of_fact[index]) for index in question.supporting)
-            # The original files have a space after the question mark.
-            file.write(f"{number} {question.question} \t{question.answer}\t{supporting}\n")
-            told = question.facts
-
-
 def generate_stories(
     task: str,
     num_questions: int,
@@ -204,6 +181,7 @@ def generate_stories(
     num_places: int = 6,
     num_objects: int = 3,
     num_wordings: int = 5,
+    at_most: bool = False,
 ) -> list[BabiQuestion]:
     """
     Generate stories of people who move about, take objects and drop them, each with one question at its end.
@@ -229,6 +207,7 @@ def generate_stories(
         num_objects (`int`, *optional*, defaults to `3`): Objects, six at most.
         num_wordings (`int`, *optional*, defaults to `5`): Ways to say the same thing, five at most. One is learned in
             about half the steps.
+        at_most (`bool`, *optional*, defaults to `False`): Returns all stories that are found where these are fewer.
 
     Returns:
         `list[BabiQuestion]`: `num_questions` questions.
@@ -250,6 +229,8 @@ def generate_stories(
     questions: list[BabiQuestion] = []
     held_out: set[BabiQuestion] = set()
     while len(questions) < num_questions:
+        if not lengths and questions and at_most:
+            break
         if not lengths:
             raise ValueError(
                 f"num_questions is {num_questions}: split {split!r} has only {len(questions)} {task} stories of at "

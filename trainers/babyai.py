@@ -136,13 +136,6 @@ class Observations:
         missions = [observation["mission"] for observation in observations]
         return cls(images.reshape(-1, VIEW_SIZE, VIEW_SIZE, 3), directions, missions)
 
-    def as_dictionaries(self) -> list[dict]:
-        """Minigrid's own form, one dictionary per agent."""
-        return [
-            {"image": image, "direction": direction, "mission": mission}
-            for image, direction, mission in zip(self.images, self.directions.tolist(), self.missions, strict=True)
-        ]
-
     def __len__(self) -> int:
         return len(self.missions)
 

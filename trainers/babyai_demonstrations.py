@@ -207,11 +207,6 @@ class DemonstrationStreams:
         return len(self._rows)
 
     @property
-    def num_frames(self) -> int:
-        """The steps of an epoch."""
-        return int(self._lengths[self._rows].sum())
-
-    @property
     def epoch(self) -> float:
         """How often the demonstrations have been taken."""
         return self._epoch + self._taken / len(self._order)

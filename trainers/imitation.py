@@ -107,9 +107,8 @@ def load_source(arguments: EnvironmentArguments, config: ImitationConfig) -> Unr
             demonstrations = load_demonstrations(arguments.demonstrations)
         else:
             # Not of the run's own seed, so that runs with several seeds share them.
-            demonstrations = generate_demonstrations(
-                arguments.env_id, arguments.num_demonstrations, seed=0, cache_dir=arguments.cache_dir
-            )
+            where = {"cache_dir": arguments.cache_dir, "num_proc": arguments.demonstration_num_proc}
+            demonstrations = generate_demonstrations(arguments.env_id, arguments.num_demonstrations, seed=0, **where)
     return DemonstrationSource(
         DemonstrationStreams(demonstrations, arguments.env_id, arguments.num_envs, arguments.unroll_len, seed)
     )

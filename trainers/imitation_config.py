@@ -80,6 +80,9 @@ class EnvironmentArguments:
     num_demonstrations: int = field(
         default=20_000, metadata={"help": "Of bc: episodes that the bot makes, of all levels."}
     )
+    demonstration_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes in which the bot makes demonstrations, which are the same in any."}
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Folder of the demonstrations that the bot makes."})
     dagger_beta_start: float = field(
         default=1.0, metadata={"help": "Of dagger: probability that the bot acts in place of the student, at first."}
@@ -96,9 +99,13 @@ class EnvironmentArguments:
             raise ValueError(f"algorithm is {self.algorithm!r}: choose {' or '.join(ALGORITHMS)}.")
         if self.student_acting not in ACTING:
             raise ValueError(f"student_acting is {self.student_acting!r}: choose {' or '.join(ACTING)}.")
-        for name in ("num_envs", "unroll_len", "num_demonstrations", "eval_episodes"):
+        lowest = ["num_envs", "unroll_len", "num_demonstrations", "eval_episodes"]
+        lowest += [] if self.demonstration_num_proc is None else ["demonstration_num_proc"]
+        for name in lowest:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        if self.eval_first_seed < 0:
+            raise ValueError(f"eval_first_seed is {self.eval_first_seed}: it must be at least 0.")
         if not 0 <= self.dagger_beta_start <= 1:
             raise ValueError(f"dagger_beta_start is {self.dagger_beta_start}: a probability is between 0 and 1.")
         if self.dagger_beta_steps < 0:

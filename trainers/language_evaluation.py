@@ -27,7 +27,7 @@ from .perplexity import perplexity_by_position, score_texts
 from .question_answering import AnsweredQuestion, QuestionAnswerer, few_shot_prefix
 from .routes import record_routes
 from .routing_report import write_report
-from .task_data import BABI_TASKS, TaskArguments, TaskExample, arithmetic_example, load_examples
+from .task_data import BABI_TASKS, TaskArguments, TaskExample, arithmetic_example, check_sources, load_examples
 from .text_data import dataset_splits, load_documents, split_documents
 from .tokenization import encode_answers, encode_prompts, load_tokenizer
 from .whole_files import write_whole_text
@@ -70,13 +70,14 @@ def load_evaluation_data(arguments: EvaluationArguments, task_arguments: TaskArg
     data = EvaluationData()
     for task in arguments.tasks:
         if task in BABI_TASKS:
-            wanted = arguments.num_questions
-            data.questions[task] = load_examples(task, task_arguments, arguments.split, wanted, arguments.seed)
+            wanted = (arguments.split, arguments.num_questions, arguments.seed)
+            data.questions[task] = load_examples(task, task_arguments, *wanted, at_most=True)
             data.candidates[task] = sorted({example.answer for example in data.questions[task]})
         elif task == "arithmetic" or task in SYMBOLS:
             for operation in SYMBOLS if task == "arithmetic" else (task,):
                 for digits in arguments.digits:
                     data.sums[operation, digits] = _load_sums(operation, digits, arguments, task_arguments)
+    check_sources(data.questions, task_arguments)
     if arguments.num_shots:
         for task in {*data.questions, *(operation for operation, _ in data.sums)}:
             data.shots[task] = _load_shots(task, arguments, task_arguments)
@@ -100,12 +101,7 @@ def _load_sums(
 
 def _load_shots(task: str, arguments: EvaluationArguments, task_arguments: TaskArguments) -> str:
     wanted, seed = arguments.num_shots, arguments.seed
-    if task in SYMBOLS:
-        length = {"max_digits": task_arguments.max_digits, "at_most": True}
-        problems = generate_problems(task, 50 * wanted, "train", seed, **length)
-        many = [arithmetic_example(problem, task_arguments) for problem in problems]
-    else:
-        many = load_examples(task, task_arguments, "train", 50 * wanted, seed)
+    many = load_examples(task, task_arguments, "train", 50 * wanted, seed, at_most=True)
     if len(many) < wanted:
         raise ValueError(f"num_shots is {wanted}: there are only {len(many)} examples of {task} to train on.")
     return few_shot_prefix(random.Random(f"{task} {seed}").sample(many, wanted))
@@ -118,7 +114,8 @@ def _load_texts(arguments: EvaluationArguments) -> list[str]:
         splits = dataset_splits(name, config)
         split = next((wanted for wanted in ("test", "validation") if wanted in splits), None)
     if split is None:
-        _, documents = split_documents(load_documents(name, config, "train", arguments.text_column))
+        whole = load_documents(name, config, "train", arguments.text_column)
+        _, documents = split_documents(whole, arguments.validation_fraction)
     else:
         documents = load_documents(name, config, split, arguments.text_column)
     return documents["text"][: arguments.max_documents]
@@ -291,6 +288,7 @@ class LanguageModelEvaluation:
                 bucket=max(1, options.sequence_length // 2),
                 batch_size=max(1, options.batch_size // _LENGTHS),
                 num_recurrences=depth,
+                detokenize=options.detokenize,
             )
         except ValueError as error:
             # A text that is too short for this has a perplexity all the same.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .recipe_parser import RepeatableOption
 from .task_data import TASKS
+from .whole_files import check_folder
 
 EVALUATIONS = ("perplexity", "generation", *TASKS)
 
@@ -41,7 +42,10 @@ class EvaluationArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str | None = field(
-        default=None, metadata={"help": "Split of the text; without one, the last tenth where there is only one."}
+        default=None, metadata={"help": "Split of the text; without one, what is held out where there is only one."}
+    )
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "What is held out of the only split; that of the training where it is known."}
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     max_documents: int | None = field(default=None, metadata={"help": "Documents to score; all if unset."})
@@ -54,7 +58,9 @@ class EvaluationArguments:
     )
 
     split: str = field(default="test", metadata={"help": "Split of stories and sums: train, validation or test."})
-    num_questions: int = field(default=1000, metadata={"help": "Questions of each bAbI task."})
+    num_questions: int = field(
+        default=1000, metadata={"help": "Questions of each bAbI task, or as many as there are."}
+    )
     num_shots: int = field(default=0, metadata={"help": "Solved examples before each question."})
     digits: list[int] = field(
         default_factory=lambda: [1, 2, 3, 4, 5], metadata={"help": "Digits of the operands, each on its own."}
@@ -95,6 +101,7 @@ class EvaluationArguments:
         self._check_files()
 
     def _check_files(self):
+        check_folder(self.output_dir)
         if self.prompts_file is not None and not Path(self.prompts_file).is_file():
             raise FileNotFoundError(f"There is no file {self.prompts_file} with prompts.")
         results = Path(self.output_dir, "eval_results.json")

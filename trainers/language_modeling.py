@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from ..modeling import ExpertStore, MoreConfig, MoreForCausalLM, initialize_offloaded, load_offloaded
 from .checkpoints import check_checkpoint, checkpoints_of, newest_checkpoint, remove_checkpoints
@@ -14,7 +14,7 @@ from .language_modeling_config import DataArguments, LanguageModelingConfig, Mod
 from .language_modeling_trainer import LanguageModelingTrainer
 from .offload_arguments import OffloadArguments
 from .process_checks import check_processes
-from .task_data import GENERATED, mix_examples, parse_task_weights, save_task_arguments
+from .task_data import GENERATED, mix_examples, parse_task_weights
 from .text_data import load_train_and_validation
 from .token_datasets import AnswerDataset, PackedTokens
 from .tokenization import load_tokenizer, tokenize_documents, train_tokenizer
@@ -57,6 +57,13 @@ def check_output_dir(config: TrainingArguments) -> str | None:
             "--resume_from_checkpoint last, or replace it with --overwrite_output_dir."
         )
     return None
+
+
+def check_sequence_length(sequence_length: int, config: PreTrainedConfig) -> None:
+    """Raises `ValueError` for sequences that the model of `config` has no positions for."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and sequence_length > limit:
+        raise ValueError(f"sequence_length is {sequence_length}: the model takes {limit} tokens at most.")
 
 
 def load_data(
@@ -223,7 +230,7 @@ def train_language_model(
     # With parameters on a disk by DeepSpeed the folder is for these.
     offloaded = not check_zero_offload(config, offload.nvme_path if offloaded else None) and offloaded
     checkpoint = check_output_dir(config)
-    load_config(model_arguments)
+    check_sequence_length(data_arguments.sequence_length, load_config(model_arguments))
     if offloaded and config.world_size > 1:
         raise ValueError(
             f"--nvme_path is for one process, not for {config.world_size}: a store has one user at a time."
@@ -253,19 +260,19 @@ def train_language_model(
             eval_dataset=validation,
             processing_class=tokenizer,
             store=store,
+            task_arguments=data_arguments.for_evaluation(),
         )
         # Tasks are sums, which are generated, and stories from somewhere.
         on_tasks = data_arguments.dataset_name == GENERATED
         trainer.card_facts["dataset"] = data_arguments.babi_data if on_tasks else data_arguments.dataset_name
         if on_tasks:
             trainer.card_facts["prompt"] = "Mary went to the kitchen."
-        return _train_and_save(trainer, checkpoint, data_arguments, offload)
+        return _train_and_save(trainer, checkpoint, offload)
 
 
 def _train_and_save(
     trainer: LanguageModelingTrainer,
     checkpoint: str | None,
-    data_arguments: DataArguments,
     offload: OffloadArguments | None,
 ) -> dict[str, float]:
     config, store = trainer.args, trainer.store
@@ -275,8 +282,6 @@ def _train_and_save(
     # What it would push lacks the card still.
     trainer.save_model(_internal_call=True)
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        save_task_arguments(data_arguments, data_arguments.sequence_length, config.output_dir)
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()
     metrics["parameters"] = parameter_counts(trainer.model)["total"]

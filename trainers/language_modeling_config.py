@@ -1,6 +1,6 @@
 """What a language-modelling run is configured by: the model, the data and the training."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
@@ -89,10 +89,19 @@ class DataArguments(TaskArguments):
         metadata={"help": "Whether answers to stories go on with the facts that they follow from."},
     )
     num_renamings: int = field(
-        default=0, metadata={"help": "Copies of each training story in which people, places and objects swap names."}
+        default=0,
+        metadata={
+            "help": "Copies of each training story, unless it is generated, in which people, places and objects swap "
+            "names."
+        },
     )
     num_examples: int = field(default=20_000, metadata={"help": "Training examples of all generated tasks."})
     num_validation_examples: int = field(default=300, metadata={"help": "Held-out examples of all generated tasks."})
+
+    def for_evaluation(self) -> dict:
+        """How tasks were made and written, and text cut and held out; where it all lay is nobody else's business."""
+        names = {field.name for field in fields(TaskArguments)} - {"babi_data", "babi_config"}
+        return {name: getattr(self, name) for name in (*sorted(names), "sequence_length", "validation_fraction")}
 
 
 @dataclass

@@ -6,7 +6,9 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from .language_modeling_card import CURVES, card_of_language_model, language_model_record
 from .offloaded_trainer import OffloadedTrainer
@@ -31,7 +33,8 @@ class LanguageModelingTrainer(OffloadedTrainer):
 
     Beside what `Trainer` logs (`loss`, `grad_norm`, `learning_rate`, `eval_loss`) it logs `lm_loss` (nats per token),
     `aux_loss` (balancing, unweighted), `perplexity` and `eval_perplexity` (of the language-modelling loss alone) and
-    `tokens_per_second` (real tokens of all processes, evaluation and saving left out).
+    `tokens_per_second` (real tokens of all processes, evaluation and saving left out). `eval_loss` is in nats per
+    token of the whole evaluation, however it is cut into batches.
 
     Arguments are those of [`OffloadedTrainer`]. Without a `data_collator`, examples are padded on the
     right by the tokenizer's padding token ([`pad_blocks`]).
@@ -49,6 +52,8 @@ class LanguageModelingTrainer(OffloadedTrainer):
             exact = {"output_dtype": None, "cast_forward_inputs": False}
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **exact)
         self._window = _Window()
+        # Of the evaluation under way.
+        self._nats, self._labels = 0.0, 0
         self.add_callback(RouterBiasCallback())
         self.add_callback(RoutingCallback(self))
         self.add_callback(PublishingCallback(self))
@@ -73,11 +78,16 @@ class LanguageModelingTrainer(OffloadedTrainer):
         """The loss of `Trainer`; the language-modelling and the balancing loss are kept for the log."""
         if not model.training:
             # Without this, evaluation would hold the logits of a whole batch to throw them away.
-            inputs = {**inputs, "return_logits": False}
+            inputs = {**inputs, "labels": self._without_repeats(inputs["labels"]), "return_logits": False}
+            # Of the batches of all processes, with what fills them up.
+            num_items_in_batch = None
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             self._window.add("lm_loss", outputs.lm_loss)
             self._window.add("aux_loss", outputs.aux_loss)
+        else:
+            labels = (inputs["labels"][:, 1:] != -100).sum().item()
+            self._nats, self._labels = self._nats + loss.item() * labels, self._labels + labels
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -90,17 +100,26 @@ class LanguageModelingTrainer(OffloadedTrainer):
             tokens = torch.as_tensor(self._window.tokens, device=self.args.device)
             logs["tokens_per_second"] = self.accelerator.reduce(tokens, "sum").item() / self._window.seconds()
             self._window = _Window()
-        if "eval_loss" in logs:
-            logs["eval_perplexity"] = _perplexity(logs["eval_loss"])
         super().log(logs, start_time)
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """As `Trainer.evaluate`, with `eval_perplexity`."""
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`, whose loss is a mean of batches, with the loss and perplexity per token."""
         self._window.pause()
-        metrics = super().evaluate(*args, **kwargs)
-        if "eval_loss" in metrics:
-            metrics["eval_perplexity"] = _perplexity(metrics["eval_loss"])
-        return metrics
+        self._nats, self._labels = 0.0, 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        nats, labels = (sum(counts) for counts in zip(*gather_object([(self._nats, self._labels)]), strict=True))
+        loss = nats / max(1, labels)
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        output.metrics[f"{metric_key_prefix}_perplexity"] = _perplexity(loss)
+        return output
+
+    def _without_repeats(self, labels: torch.Tensor) -> torch.Tensor:
+        # With several processes the last batches are filled up with examples that have been there already.
+        progress = self.accelerator.gradient_state
+        if not progress.end_of_dataloader or progress.remainder <= 0:
+            return labels
+        rows = torch.arange(len(labels), device=labels.device) + self.accelerator.process_index * len(labels)
+        return labels.masked_fill(rows[:, None] >= progress.remainder, -100)
 
     def create_model_card(self, dataset: str | None = None, prompt: str | None = None, **kwargs) -> None:
         """Writes the card of the trained model to `output_dir`, from the run's own figures.

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from transformers import AutoConfig
 
 from ..modeling import load_offloaded
 from .checkpoints import remove_checkpoints
-from .language_modeling import check_output_dir, load_data
+from .language_modeling import check_output_dir, check_sequence_length, load_data
 from .language_modeling_config import DataArguments, LanguageModelingConfig
 from .offload_arguments import OffloadArguments
 from .offloaded_trainer import OffloadedTrainer
@@ -53,9 +54,11 @@ def train_offloaded(
     if arguments.dtype not in PRECISIONS:
         raise ValueError(f"--dtype is {' or '.join(PRECISIONS)}, not {arguments.dtype!r}.")
     checkpoint = check_output_dir(config)
+    source = arguments.model_name_or_path
+    model_config = AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
+    check_sequence_length(data_arguments.sequence_length, model_config)
     if not checkpoint:
         offload.clear_folder(config.overwrite_output_dir)
-    source = arguments.model_name_or_path
     tokenizer, train, validation = load_data(data_arguments, source, config.data_seed or 0)
     model, store = load_offloaded(
         source,
@@ -75,6 +78,7 @@ def train_offloaded(
             data_collator=partial(pad_blocks, pad_token_id=padding),
             processing_class=tokenizer,
             store=store,
+            task_arguments=data_arguments.for_evaluation(),
         )
         if not checkpoint:
             remove_checkpoints(config.output_dir)

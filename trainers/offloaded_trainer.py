@@ -18,6 +18,7 @@ from ..modeling.expert_store import ExpertStore
 from ..modeling.lazy_adamw import LazyAdamW, clip_grad_norm_
 from .checkpoints import EXPERTS
 from .durable_training import DurableTraining
+from .task_data import save_task_arguments
 from .zero_offload import check_leaf_blocks
 
 REST = "rest.safetensors"
@@ -33,14 +34,16 @@ class OffloadedTrainer(DurableTraining, Trainer):
     Args:
         store ([`ExpertStore`], *optional*): What `offload_experts`, `load_offloaded` or `initialize_offloaded` of
             `mixturekit.modeling` returned with the model. It is not closed.
+        task_arguments (`dict`, *optional*): What is left with every model that is saved, for its evaluation; see
+            [`save_task_arguments`].
         args, kwargs: Those of `Trainer`.
 
     Raises:
         ValueError: If a store is to be trained by several processes, in float16, or by another optimizer than AdamW.
     """
 
-    def __init__(self, *args, store: ExpertStore | None = None, **kwargs):
-        self.store = store
+    def __init__(self, *args, store: ExpertStore | None = None, task_arguments: dict | None = None, **kwargs):
+        self.store, self.task_arguments = store, task_arguments
         super().__init__(*args, **kwargs)
         if store is not None:
             self._check_arguments()
@@ -76,6 +79,15 @@ class OffloadedTrainer(DurableTraining, Trainer):
         if self.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
             check_leaf_blocks(self.model)
         return super().train(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, with what the evaluation of the model has to know."""
+        folder = Path(output_dir or self.args.output_dir)
+        # Before the model, because with it everything in the folder may be pushed.
+        if self.task_arguments is not None and self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_task_arguments(self.task_arguments, folder)
+        super().save_model(output_dir, _internal_call)
 
     def _check_arguments(self) -> None:
         args = self.args

@@ -146,6 +146,7 @@ def perplexity_by_position(
     max_sequences: int = 64,
     batch_size: int = 4,
     num_recurrences: int | None = None,
+    detokenize: bool = False,
 ) -> list[dict[str, float]]:
     """
     Perplexity per token by how much context there is before it. A model that uses its context gets better with
@@ -161,12 +162,13 @@ def perplexity_by_position(
         max_sequences (`int`, *optional*, defaults to 64): Sequences at most.
         batch_size (`int`, *optional*, defaults to 4): Sequences at once.
         num_recurrences (`int`, *optional*): Steps of recurrent experts; for MoRE models only.
+        detokenize (`bool`, *optional*, defaults to `False`): Scores [`detokenize_wikitext`] of the texts.
 
     Returns:
         One dictionary per bucket, `first` and `last` position (from 1), `perplexity` and `tokens`.
     """
     _check_window(model, length, length)
-    encoded = [_encode(tokenizer, text) for text in texts]
+    encoded = [_encode(tokenizer, detokenize_wikitext(text) if detokenize else text) for text in texts]
     sequences = [ids[: length + 1] for ids in encoded if len(ids) > length]
     if not sequences:
         stream = [token for ids in encoded for token in ids]

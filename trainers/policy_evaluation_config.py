@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .imitation_config import ACTING
 from .recipe_parser import RepeatableOption
+from .whole_files import check_folder
 
 RESULTS = "eval_results.json"
 
@@ -60,6 +61,7 @@ class PolicyEvaluationArguments:
         self._check_files()
 
     def _check_files(self):
+        check_folder(self.output_dir)
         if self.video is not None and Path(self.video).suffix.lower() != ".gif":
             raise ValueError(f"video is {self.video}: its name must end in .gif.")
         for path in (Path(self.output_dir, RESULTS), *([Path(self.video)] if self.video else [])):

@@ -11,6 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .card_figures import FOLDER, draw_curve
 from .shared_card import draw_routing
+from .task_data import TASK_FILE
 from .training_record import save_training_record
 
 CARD = "README.md"
@@ -48,7 +49,8 @@ def write_card(trainer: Trainer, record: dict, curves: dict[str, str], make_card
 class PublishingCallback(TrainerCallback):
     """
     Completes what `Trainer` pushes during training. It copies configuration and weights of the newest checkpoint to
-    `output_dir` and uploads that; without the model's code, the critic and a card beside them, nobody could use it.
+    `output_dir` and uploads that; without the model's code, the critic, what an evaluation has to know and a card
+    beside them, nobody could use it.
 
     Args:
         trainer (`Trainer`): Whose `create_model_card` writes the card.
@@ -65,6 +67,7 @@ class PublishingCallback(TrainerCallback):
         self.trainer._finish_current_push()
         checkpoint = get_last_checkpoint(args.output_dir)
         if checkpoint is not None:
-            for path in [*Path(checkpoint).glob("*.py"), *Path(checkpoint).glob("value_head.safetensors")]:
-                shutil.copyfile(path, Path(args.output_dir, path.name))
+            for pattern in ("*.py", "value_head.safetensors", TASK_FILE):
+                for path in Path(checkpoint).glob(pattern):
+                    shutil.copyfile(path, Path(args.output_dir, path.name))
         self.trainer.create_model_card()

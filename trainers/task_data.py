@@ -6,11 +6,12 @@ A task is `babi1` to `babi20`, `addition`, `subtraction`, `multiplication`, or `
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+from transformers.utils import cached_file
 
 from .arithmetic import SYMBOLS, ArithmeticProblem, format_problem, generate_problems
 from .babi import (
@@ -23,6 +24,7 @@ from .babi import (
     split_stories,
 )
 from .splits import SPLITS, check_split
+from .text_data import local_path
 
 GENERATED = "generated"
 DEFAULT_TASKS = ("babi2", "babi3", "addition")
@@ -56,17 +58,19 @@ class TaskArguments:
     spaced_digits: bool = field(default=False, metadata={"help": "Whether there is a space between digits."})
 
 
-def save_task_arguments(arguments: TaskArguments, sequence_length: int, folder: str | Path) -> None:
-    """Leaves beside a checkpoint how its tasks were made and written; where the data lay is nobody else's business."""
-    names = [field.name for field in fields(TaskArguments) if field.name not in ("babi_data", "babi_config")]
-    values = {name: getattr(arguments, name) for name in names} | {"sequence_length": sequence_length}
-    Path(folder, TASK_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def save_task_arguments(values: Mapping, folder: str | Path) -> None:
+    """Leaves beside a checkpoint what its evaluation has to know, by [`DataArguments.for_evaluation`]."""
+    Path(folder, TASK_FILE).write_text(json.dumps(dict(values), indent=2) + "\n", encoding="utf-8")
 
 
-def saved_task_arguments(folder: str | Path) -> dict:
-    """What [`save_task_arguments`] left in `folder`; nothing for any other model."""
-    path = Path(folder, TASK_FILE)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def saved_task_arguments(name_or_path: str | Path) -> dict:
+    """What [`save_task_arguments`] left beside a model, in a folder or on the Hub; nothing for any other model."""
+    source = str(local_path(str(name_or_path)) or name_or_path)
+    try:
+        path = cached_file(source, TASK_FILE, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise FileNotFoundError(f"{source} cannot be read: {str(error).splitlines()[0]}") from error
+    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,10 @@ def check_tasks(tasks: Sequence[str]) -> list[str]:
     return [name for task in tasks for name in (SYMBOLS if task == "arithmetic" else [task])]
 
 
-def parse_task_weights(tasks: Sequence[str]) -> dict[str, float]:
+def parse_task_weights(tasks: Sequence[str]) -> dict[str, float | None]:
     """
     The shares of a mixture such as `["babi2:3", "arithmetic"]`: here babi2 has 3 of 4 examples and each kind of sum a
-    third of the rest. Without any weight, the shares are what the sizes of the tasks make them, and all are 1.
+    third of the rest. Without any weight, the shares are what the sizes of the tasks make them, and all are `None`.
     """
     weights: dict[str, float] = {}
     for item in tasks:
@@ -126,7 +130,7 @@ def parse_task_weights(tasks: Sequence[str]) -> dict[str, float]:
             weights[name] = weight / len(names)
     check_tasks(list(weights))
     has_weights = any(":" in item for item in tasks)
-    return weights if has_weights else dict.fromkeys(weights, 1.0)
+    return weights if has_weights else dict.fromkeys(weights)
 
 
 def load_examples(
@@ -138,6 +142,7 @@ def load_examples(
     *,
     supporting_facts: bool = False,
     num_renamings: int = 0,
+    at_most: bool = False,
 ) -> list[TaskExample]:
     """
     The examples of one task.
@@ -151,24 +156,44 @@ def load_examples(
         seed (`int`, *optional*, defaults to 0): Seed of the generators and of the renamings.
         supporting_facts (`bool`, *optional*, defaults to `False`): Whether the answers to stories are explained by the
             facts that they follow from.
-        num_renamings (`int`, *optional*, defaults to 0): Copies of each story with other names; see
-            [`~babi.rename_entities`].
+        num_renamings (`int`, *optional*, defaults to 0): Copies of each story with other names, which generated ones
+            do not take; see [`~babi.rename_entities`].
+        at_most (`bool`, *optional*, defaults to `False`): Whether fewer will do where no more can be generated.
     """
     check_split(split)
     (task,) = check_tasks([task])
     if task in SYMBOLS:
-        problems = generate_problems(task, num_examples, split, seed, max_digits=arguments.max_digits)
+        length = {"max_digits": arguments.max_digits, "at_most": at_most}
+        problems = generate_problems(task, num_examples, split, seed, **length)
         return [arithmetic_example(problem, arguments) for problem in problems]
     if arguments.babi_data == GENERATED:
         if task not in GENERATED_TASKS:
             raise ValueError(f"task is {task!r}: only {' and '.join(GENERATED_TASKS)} can be generated.")
+        if num_renamings:
+            # What happens in a story decides its split, and with other names it is a story of any split.
+            raise ValueError(
+                f"num_renamings is {num_renamings}: generated stories have all names as it is, so ask for more."
+            )
         world = {name: getattr(arguments, f"num_{name}") for name in ("people", "places", "objects", "wordings")}
         options = {f"num_{name}": value for name, value in world.items()}
-        questions = generate_stories(task, num_examples, split, seed, max_facts=arguments.max_facts, **options)
+        options |= {"max_facts": arguments.max_facts, "at_most": at_most}
+        questions = generate_stories(task, num_examples, split, seed, **options)
     else:
         questions = _stored_questions(task, arguments, split)[:num_examples]
     questions = [*questions, *rename_entities(questions, num_renamings, seed)]
     return [babi_example(task, question, supporting_facts) for question in questions]
+
+
+def check_sources(examples: Mapping[str, Sequence[TaskExample]], arguments: TaskArguments) -> None:
+    """Raises a `ValueError` if two tasks have the same stories: their source is of one task, and does not know it."""
+    stories: dict[tuple[str, ...], str] = {}
+    for task in filter(BABI_TASKS.__contains__, examples):
+        other = stories.setdefault(tuple(example.prompt for example in examples[task]), task)
+        if other != task:
+            raise ValueError(
+                f"{arguments.babi_data} has the same stories for {other} as for {task}: name the one task that they "
+                "are of, or give a folder with a file for each."
+            )
 
 
 def babi_example(task: str, question: BabiQuestion, supporting_facts: bool = False) -> TaskExample:
@@ -187,14 +212,19 @@ def arithmetic_example(problem: ArithmeticProblem, arguments: TaskArguments) -> 
 
 
 def mix_examples(
-    weights: dict[str, float], arguments: TaskArguments, split: str, num_generated: int, seed: int = 0, **options
+    weights: Mapping[str, float | None],
+    arguments: TaskArguments,
+    split: str,
+    num_generated: int,
+    seed: int = 0,
+    **options,
 ) -> list[TaskExample]:
     """
     A mixture of tasks.
 
     Args:
-        weights (`dict[str, float]`): The share of each task, from [`parse_task_weights`]. Where they are equal, each
-            example is there once; otherwise tasks are drawn by weight until each has been seen as a whole.
+        weights (`Mapping[str, float]`): The share of each task, from [`parse_task_weights`]. Where they are `None`,
+            each example is there once; otherwise tasks are drawn by weight until each has been seen as a whole.
         arguments ([`TaskArguments`]): Where the examples come from.
         split (`str`): `"train"`, `"validation"` or `"test"`; only in training do weights count.
         num_generated (`int`): Examples of all generated tasks together, in equal shares.
@@ -209,8 +239,9 @@ def mix_examples(
             index = generated.index(task)
             share = num_generated // len(generated) + (index < num_generated % len(generated))
         parts.append(load_examples(task, arguments, split, share, seed, **options))
+    check_sources(dict(zip(weights, parts, strict=True)), arguments)
     examples = [example for part in parts for example in part]
-    if split == "train" and len(set(weights.values())) > 1:
+    if split == "train" and None not in weights.values():
         total = sum(weights.values())
         starts = [sum(map(len, parts[:index])) for index in range(len(parts))]
         numbers = [
@@ -228,6 +259,10 @@ def mix_examples(
 def _stored_questions(task: str, arguments: TaskArguments, split: str) -> list[BabiQuestion]:
     """The questions of `split` from files or the Hub; held out of the training questions if there is no such split."""
     path = Path(arguments.babi_data).expanduser()
+    name = path.name if path.is_file() else arguments.babi_config or ""
+    named = re.search(r"(?<![a-zA-Z])qa(\d+)", name)
+    if named and f"babi{named[1]}" != task:
+        raise ValueError(f"{name} has the stories of babi{named[1]}, not of {task}.")
     if path.exists():
         splits = _babi_files(path, task)
         read = read_babi

@@ -1,8 +1,16 @@
-"""Files that are whole at any moment, also when the process that writes them is killed."""
+"""Files that are whole at any moment, also when the process that writes them is killed, and folders for them."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raises `NotADirectoryError` if `folder`, or what it would be made in, is a file."""
+    folder = Path(folder)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be a folder, because {existing} is a file: choose another.")
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:

@@ -3,7 +3,8 @@
 python recipes/benchmarks/wikitext_comparison.py --dataset_name wiki.valid.txt --max_steps 300 --output_dir comparison
 
 Every model is trained by `recipes/train_more.py` with `recipes/more/wikitext_cpu.yaml`; runs that have finished are
-kept, so that an interrupted comparison goes on where it stopped. The trigram model reads the same tokens.
+kept, so that an interrupted comparison goes on where it stopped. The trigram model reads the same tokens. Options that
+are not known here go to `recipes/train_more.py`.
 """
 
 import argparse
@@ -24,25 +25,21 @@ RUNS = {
 def main() -> None:
     """Trains what is missing, then prints one table and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_name", required=True, help="text whose last tenth of documents is held out")
+    parser.add_argument("--dataset_name", required=True, help="text whose last documents are held out")
     parser.add_argument("--max_steps", type=int, default=300, help="training steps of each model")
     parser.add_argument("--output_dir", default="comparison", help="folder of the runs and of comparison.json")
     arguments, training_options = parser.parse_known_args()
     folder = Path(arguments.output_dir)
+    shared = ["--config", str(RECIPES / "more/wikitext_cpu.yaml"), "--dataset_name", arguments.dataset_name]
+    shared += ["--max_steps", str(arguments.max_steps), *training_options]
     rows = []
     for name, options in RUNS.items():
         if not (folder / name / "eval_results.json").exists():
-            command = [
-                sys.executable,
-                str(RECIPES / "train_more.py"),
-                "--config",
-                str(RECIPES / "more/wikitext_cpu.yaml"),
-            ]
-            command += ["--dataset_name", arguments.dataset_name, "--max_steps", str(arguments.max_steps), *options]
-            command += ["--output_dir", str(folder / name), "--overwrite_output_dir", *training_options]
+            command = [sys.executable, str(RECIPES / "train_more.py"), *options, *shared]
+            command += ["--output_dir", str(folder / name), "--overwrite_output_dir"]
             subprocess.run(command, check=True)
         rows.append(read_run(name, folder / name))
-    train, validation = token_streams(arguments.dataset_name, folder / "base")
+    train, validation = token_streams(shared, folder / "base")
     rows.append({"model": "trigram", "perplexity": TrigramModel(train).perplexity(validation)})
     (folder / "comparison.json").write_text(json.dumps(rows, indent=2))
     print_table(rows, arguments.max_steps)
@@ -66,15 +63,21 @@ def read_run(name: str, folder: Path) -> dict:
     }
 
 
-def token_streams(dataset_name: str, checkpoint: Path) -> tuple[list[int], list[int]]:
-    """The tokens that the runs trained on and were judged on."""
+def token_streams(options: list[str], checkpoint: Path) -> tuple[list[int], list[int]]:
+    """The tokens that runs with these options trained on and were judged on."""
+    from mixturekit.trainers.language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
+    from mixturekit.trainers.offload_arguments import OffloadArguments
+    from mixturekit.trainers.recipe_parser import parse_recipe
     from mixturekit.trainers.text_data import load_train_and_validation
     from mixturekit.trainers.tokenization import load_tokenizer, tokenize_documents
 
+    _, data, *_ = parse_recipe((ModelArguments, DataArguments, LanguageModelingConfig, OffloadArguments), options)
     tokenizer = load_tokenizer(str(checkpoint))
     return tuple(
         [token for row in tokenize_documents(part, tokenizer) for token in row["input_ids"]]
-        for part in load_train_and_validation(dataset_name)
+        for part in load_train_and_validation(
+            data.dataset_name, data.dataset_config, data.text_column, data.validation_fraction
+        )
     )
 
 

@@ -55,6 +55,12 @@ def test_their_cards_are_in_order_and_know_only_what_was_measured_by_then(pushed
     assert ("## Results" in card) and f"| updates | {counts[-1]} |" in card
 
 
+def test_every_revision_of_a_language_model_knows_what_its_evaluation_asks(pushed):
+    system, repository = pushed
+    for _, title, files in repository.revisions[1:]:
+        assert ("task_arguments.json" in files) == (system == "more"), title
+
+
 def test_the_critic_is_in_every_revision(pushed):
     system, repository = pushed
     for _, title, files in repository.revisions[1:]:

@@ -39,6 +39,20 @@ def test_scores_of_a_language_model(hub, owner, copy, tmp_path):
     assert report["results"] == json.loads((results / "eval_results.json").read_text())["results"]
 
 
+def test_a_model_of_the_hub_is_asked_as_it_was_trained(owner, copy, tmp_path):
+    folder = copy("more")
+    path = folder / "task_arguments.json"
+    trained = json.loads(path.read_text())
+    # None of them is a default.
+    unusual = {"max_facts": 5, "reverse_answer": False, "sequence_length": 96, "validation_fraction": 0.3}
+    path.write_text(json.dumps(trained | unusual))
+    owner.push("--model_name_or_path", folder, "--repo_id", "owner/asked")
+    owner.run_recipe("evaluate_more.py", "--model_name_or_path", "owner/asked", *LANGUAGE, "--output_dir", tmp_path)
+    report = json.loads((tmp_path / "eval_results.json").read_text())
+    asked = report["settings"] | report["tasks"]
+    assert {name: asked[name] for name in unusual} == unusual
+
+
 def test_scores_that_are_on_the_card_already_stay_there(hub, owner, copy, tmp_path):
     folder, results = copy("more"), tmp_path / "scores"
     options = (*LANGUAGE, "--update_model_card", "--output_dir", results)

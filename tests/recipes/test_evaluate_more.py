@@ -67,8 +67,9 @@ def test_an_evaluation_prints_its_results_and_where_they_are(finished):
 def test_the_questions_are_written_as_the_checkpoint_was_trained_unless_told_otherwise(finished):
     folder, _ = finished
     report = json.loads((folder / "results" / "eval_results.json").read_text())
-    # Facts and length are the checkpoint's, digits the command line's, the number of questions the file's.
+    # Facts, length and what is held out are the checkpoint's, digits the command line's, questions the file's.
     assert report["tasks"]["max_facts"] == 4 and report["settings"]["sequence_length"] == 64
+    assert report["settings"]["validation_fraction"] == 0.25
     assert report["tasks"]["max_digits"] == 2 and report["settings"]["num_questions"] == 16
     in_range = {row["digits"]: row["in_range"] for row in report["results"] if row["metric"] == "exact_match"}
     assert in_range == {1: True, 2: True, 3: False}
@@ -115,7 +116,9 @@ def broken_story(folder):
         (["--tasks", "perplexity", "--dataset_name", "./no.txt"], "FileNotFoundError: No file or folder './no.txt'"),
         (["--model_name_or_path", "./no"], "FileNotFoundError: No file or folder './no'"),
         (["--output_dir", "{folder}/old"], "old/eval_results.json is there: choose another --output_dir, or replace"),
+        (["--output_dir", "{folder}/wrong.yaml"], "wrong.yaml cannot be a folder, because {folder}/wrong.yaml is a"),
         (["--babi_data", "{folder}/{broken}"], "{broken}, line 3: expected 'ID question<TAB>answer<TAB>supporting"),
+        (["--babi_data", "{folder}/my.txt", "--tasks", "babi2", "babi3"], "my.txt has the same stories for babi2 as"),
         (["--babi_data", "./no_stories.txt"], "FileNotFoundError: No file or folder './no_stories.txt' with bAbI"),
         (["--config", "{folder}/wrong.yaml"], "wrong.yaml has unknown options: taks."),
         (["--update_model_card"], "FileNotFoundError: There is no model card in {model} to update."),
@@ -126,6 +129,8 @@ def test_bad_input_is_one_sentence(solved, tmp_path, run_here, options, message)
     shutil.copytree(solved.folder, tmp_path / "model", ignore=shutil.ignore_patterns("README.md"))
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "eval_results.json").write_text("{}")
+    pair = (f"1 {name} went home.\n2 Where is {name}?\thome\t1\n" for name in ("Mary", "John"))
+    (tmp_path / "my.txt").write_text("".join(pair) * 5)
     (tmp_path / "wrong.yaml").write_text("taks: [babi2]\n")
     line = ["--model_name_or_path", names["model"], "--tasks", "babi2", "--output_dir", tmp_path / "new", "--use_cpu"]
     # What is given twice has the later value, except for the list of tasks.

@@ -1,11 +1,17 @@
 """The recipes of MoRE, run as a user runs them."""
 
 import importlib.util
+import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
+
+from mixturekit.trainers.language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
+from mixturekit.trainers.recipe_parser import parse_recipe
+from mixturekit.trainers.task_data import mix_examples, parse_task_weights
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -41,12 +47,45 @@ def test_the_throughput_benchmark_measures_every_variant_beside_mixtral(tmp_path
     assert all(row["tokens_per_second"] > 0 and 0 < row["share_of_peak"] < 1.5 for row in rows)
 
 
-def trigram_model():
-    path = RECIPES / "benchmarks" / "wikitext_comparison.py"
-    spec = importlib.util.spec_from_file_location("wikitext_comparison", path)
+def load_recipe(name):
+    spec = importlib.util.spec_from_file_location(Path(name).stem, RECIPES / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.TrigramModel
+    return module
+
+
+def trigram_model():
+    return load_recipe("benchmarks/wikitext_comparison.py").TrigramModel
+
+
+def test_the_trigram_model_is_judged_on_the_documents_that_the_runs_are_judged_on(solved, tmp_path, run_here):
+    rng = random.Random(0)
+    documents = ["".join(rng.choice("abc ") for _ in range(60)) for _ in range(20)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in documents))
+    for name in load_recipe("benchmarks/wikitext_comparison.py").RUNS:
+        run = shutil.copytree(solved.folder, tmp_path / "comparison" / name)
+        (run / "eval_results.json").write_text('{"parameters": 1, "eval_perplexity": 1.0, "steps": 1}')
+        (run / "train_results.json").write_text('{"train_runtime": 1.0}')
+    options = ["--text_column", "body", "--validation_fraction", 0.25, "--output_dir", tmp_path / "comparison"]
+    data = ["--dataset_name", tmp_path / "text.jsonl"]
+    assert run_here("benchmarks/wikitext_comparison.py", *data, *options) is None
+    ended = [solved.tokenizer(text)["input_ids"] + [solved.tokenizer.eos_token_id] for text in documents]
+    train, held_out = (list(itertools.chain.from_iterable(part)) for part in (ended[:15], ended[15:]))
+    row = json.loads((tmp_path / "comparison" / "comparison.json").read_text())[-1]
+    assert row == {"model": "trigram", "perplexity": pytest.approx(trigram_model()(train).perplexity(held_out))}
+
+
+def test_the_demo_asks_what_no_checkpoint_was_chosen_by():
+    examples = load_recipe("demo_more.py").held_out()
+    types = (ModelArguments, DataArguments, LanguageModelingConfig)
+    _, data, _ = parse_recipe(types, ["--config", str(RECIPES / "more" / "quickstart.yaml")])
+    of_split = {
+        split: {row.prompt for row in mix_examples(parse_task_weights(data.task), data, split, 300)}
+        for split in ("validation", "test")
+    }
+    assert len(examples) == data.num_validation_examples == 300
+    assert {row.prompt for row in examples} == of_split["test"]
+    assert not of_split["test"] & of_split["validation"]
 
 
 def test_trigram_probabilities_sum_to_one_in_seen_and_unseen_contexts():

@@ -15,6 +15,7 @@ from mixturekit.trainers.language_modeling import train_language_model
 from mixturekit.trainers.language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
 from mixturekit.trainers.offload_arguments import OffloadArguments
 from mixturekit.trainers.recipe_parser import parse_recipe
+from mixturekit.trainers.task_data import saved_task_arguments
 from mixturekit.trainers.training_record import parameter_counts
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -114,12 +115,25 @@ def test_other_mixtures_train_further(trained, run, tmp_path, family):
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "source")
     options = ["--model_name_or_path", tmp_path / "source", "--nvme_path", tmp_path / "experts", "--use_cpu", True]
-    options += ["--num_examples", 64, "--num_validation_examples", 8, "--per_device_train_batch_size", 8]
+    options += [
+        "--num_examples",
+        64,
+        "--num_validation_examples",
+        8,
+        "--max_facts",
+        5,
+        "--per_device_train_batch_size",
+        8,
+    ]
     options += ["--max_steps", 4, "--eval_strategy", "no", "--warmup_steps", 0, "--output_dir", tmp_path / "out"]
     options += ["--report_to", "none", "--fast_capacity", 3, "--ram_capacity", 2, "--bf16", False]
+    limit = config.max_position_embeddings
+    refused, _ = run("train_offloaded.py", *options, "--sequence_length", limit + 1)
+    assert refused == f"ValueError: sequence_length is {limit + 1}: the model takes {limit} tokens at most."
     code, printed = run("train_offloaded.py", *options)
     assert code is None
     assert "MB were read" in printed
+    assert saved_task_arguments(tmp_path / "out")["max_facts"] == 5
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     moved = {name: (after[name] != weight).any().item() for name, weight in model.state_dict().items()}
     assert all(moved.values()), moved

@@ -92,6 +92,7 @@ def test_only_the_levels_that_are_named_are_played(place, run):
         pytest.param(("out", "--num_episodes", 0), "--num_episodes must be at least 1", id="no_episodes"),
         pytest.param(("out", "--weight_thresholds", 2), "must lie between 0 and 1", id="weight"),
         pytest.param(("out", "--output", "page.pdf"), "its name must end in .html", id="output"),
+        pytest.param(("out", "--output", "out/config.json/a.html"), "config.json is a file: choose", id="no_place"),
     ],
 )
 def test_bad_input_is_named_in_one_sentence_before_any_work(place, run, options, message):

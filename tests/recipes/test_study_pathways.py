@@ -53,6 +53,20 @@ def test_every_level_is_learned_alone_by_one_expert_without_biases(study):
         assert options["--routing_cost_coef"] == options["--expert_dropout_max_prob"] == "0"
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--env_id=BabyAI-GoToObj-v0", "--env-id=BabyAI-GoToObj-v0", "--mop_layers=0,4;0,8", "--max_steps=20",
+        "--num_updates=20", "--expert_dropout_max_prob=0.5", "--scale_cost_by_performance=true", "--seed=1",
+    ],
+)  # fmt: skip
+def test_what_the_runs_differ_in_is_refused_before_any_is_trained(option, run_here, tmp_path, capsys):
+    for given in ([option], option.split("=")):
+        assert run_here("study_pathways.py", "--output_dir", tmp_path / "study", "--unroll_len", 8, *given) == 2
+        assert f"error: {given[0].partition('=')[0]}: what the runs differ in" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
 def rows(**values):
     """A row for each seed, the same for all measures but those given by way."""
     names = ["success", "complexity", "distinctness", "consistency", "self_sufficiency", "lesion", "difficulty"]

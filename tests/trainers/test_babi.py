@@ -18,7 +18,6 @@ from mixturekit.trainers.babi import (
     read_babi,
     rename_entities,
     split_stories,
-    write_babi,
 )
 from mixturekit.trainers.splits import SPLITS, split_of
 
@@ -87,7 +86,7 @@ def test_reads_the_original_files(real_file):
         assert all(0 <= index < len(question.facts) for index in question.supporting)
 
 
-def test_writes_the_original_files_byte_for_byte(real_file, tmp_path):
+def test_nothing_of_the_original_files_is_lost_in_reading(real_file, tmp_path, write_babi):
     write_babi(read_babi(real_file), tmp_path / "copy.txt")
     assert (tmp_path / "copy.txt").read_bytes() == real_file.read_bytes()
 
@@ -196,6 +195,18 @@ def test_no_held_out_question_counts_twice(task):
         assert len(set(generate_stories(task, 40, split, **small))) == 40
 
 
+def test_of_few_stories_all_are_told_where_fewer_will_do():
+    small = {"max_facts": 3, "num_people": 1, "num_places": 3, "num_objects": 1, "num_wordings": 1}
+    with pytest.raises(
+        ValueError, match="num_questions is 100: split 'test' has only [0-9]+ babi2 stories"
+    ) as refusal:
+        generate_stories("babi2", 100, "test", **small)
+    known = int(re.search(r"only (\d+)", str(refusal.value))[1])
+    told = generate_stories("babi2", 100, "test", at_most=True, **small)
+    assert 0 < known == len(told) == len(set(told)) < 100
+    assert told == generate_stories("babi2", known, "test", **small)
+
+
 def test_a_key_is_in_one_split_and_eight_of_ten_are_in_train():
     counts = {split: sum(split_of(f"key {index}") == split for index in range(5_000)) for split in SPLITS}
     assert sum(counts.values()) == 5_000
@@ -231,7 +242,7 @@ def test_one_wording_says_everything_in_one_way(task):
     assert words == {"moved to the", "got the", "dropped the"}
 
 
-def test_generated_stories_survive_the_file_format(task, tmp_path):
+def test_generated_stories_survive_the_file_format(task, tmp_path, write_babi):
     questions = generate_stories(task, 100)
     write_babi(questions, tmp_path / "stories.txt")
     assert read_babi(tmp_path / "stories.txt") == questions
@@ -260,7 +271,8 @@ def test_the_prompt_is_the_facts_and_the_question():
 )
 def test_bad_options_are_refused_with_one_clear_sentence(options, reason):
     with pytest.raises(ValueError, match=reason):
-        generate_stories(**{"task": "babi3", "num_questions": 1, **options})
+        # No question at all is none to be content with.
+        generate_stories(**{"task": "babi3", "num_questions": 1, "at_most": True, **options})
 
 
 def last_place(question):

@@ -122,8 +122,9 @@ def test_observations_are_the_current_ones_and_have_minigrids_form():
     assert observations is environments.observations and len(observations) == 3
     assert observations.images.shape == (3, 7, 7, 3) and observations.images.dtype == np.uint8
     assert observations.directions.dtype == np.int64 and rewards.dtype == np.float32 and dones.dtype == bool
-    assert [sorted(row) for row in observations.as_dictionaries()] == [["direction", "image", "mission"]] * 3
-    again = Observations.from_dictionaries(observations.as_dictionaries())
+    columns = zip(observations.images, observations.directions.tolist(), observations.missions, strict=True)
+    rows = [dict(zip(("image", "direction", "mission"), row, strict=True)) for row in columns]
+    again = Observations.from_dictionaries(rows)
     np.testing.assert_array_equal(again.images, observations.images)
     np.testing.assert_array_equal(again.directions, observations.directions)
     assert again.missions == observations.missions

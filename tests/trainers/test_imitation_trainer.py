@@ -306,13 +306,28 @@ def test_the_baseline_has_as_many_parameters_as_the_pathways():
     assert baseline.num_parameters() == pytest.approx(pathways.num_parameters(), rel=0.01)
 
 
+def test_several_processes_make_the_demonstrations_if_asked_to(tmp_path):
+    # More than what one process plays at a time.
+    options = {"algorithm": "bc", "num_envs": 1, "unroll_len": 200, "num_demonstrations": 129}
+    unrolls, files = [], []
+    for count in (None, 2):
+        folder = tmp_path / str(count)
+        options |= {"demonstration_num_proc": count, "cache_dir": str(folder)}
+        unrolls.append(load_source(environments(folder, **options), configuration(tmp_path)).streams.next_unroll())
+        files.append(len([*folder.rglob("*.arrow")]))
+    assert files == [1, 2]
+    np.testing.assert_array_equal(unrolls[0].images, unrolls[1].images)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        pytest.param({"demonstration_num_proc": 0}, "demonstration_num_proc is 0: it must be", id="no_processes"),
         pytest.param({"algorithm": "ppo"}, "algorithm is 'ppo': choose bc or dagger", id="algorithm"),
         pytest.param({"num_envs": 0}, "num_envs is 0: it must be at least 1", id="no_environments"),
         pytest.param({"env_id": [LEVEL, OTHER], "num_envs": 1}, "num_envs is 1 for 2 levels", id="few_environments"),
         pytest.param({"unroll_len": 0}, "unroll_len is 0", id="no_steps"),
+        pytest.param({"eval_first_seed": -1}, "eval_first_seed is -1: it must be at least 0", id="first_seed"),
         pytest.param({"student_acting": "random"}, "student_acting is 'random'", id="acting"),
         pytest.param({"dagger_beta_start": 1.5}, "a probability is between 0 and 1", id="beta"),
     ],

@@ -137,6 +137,21 @@ def test_perplexity_by_position_goes_beyond_the_training_length_and_says_so(fini
     assert [row["in_range"] for row in rows] == [True] * 2 + [False] * 6
 
 
+def test_all_perplexities_are_of_the_same_writing(evaluate, tmp_path):
+    written = "Mary went to the well-known garden, and the milk was there.\n" * 30
+    pieces = written.replace("-", " @-@ ").replace(",", " ,").replace(".", " .")
+    values = []
+    for name, text, detokenize in (("written", written, False), ("pieces", pieces, True), ("left", pieces, False)):
+        path = tmp_path / f"{name}.txt"
+        path.write_text(text)
+        options = {"dataset_name": str(path), "dataset_split": "train", "detokenize": detokenize}
+        report = evaluate(tmp_path / name, tasks=["perplexity", "generation"], **options).run()
+        values.append(
+            [row["value"] for row in report["results"] if "position" in row or row["metric"] == "perplexity"]
+        )
+    assert len(values[0]) > 1 and values[1] == values[0] != values[2]
+
+
 def test_the_csv_has_one_row_per_question_at_the_models_own_depth(finished, solved):
     folder, report = finished
     rows = read_csv(folder / "answers.csv")
@@ -181,6 +196,15 @@ def test_without_a_temperature_there_is_one_sample_of_each_prompt(evaluate, tmp_
     ids = solved.tokenizer(sample["prompt"], return_tensors="pt")
     output = solved.model.generate(**ids, max_new_tokens=5, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert sample["continuation"] == solved.tokenizer.decode(output, skip_special_tokens=True)
+
+
+def test_of_a_text_with_one_split_only_what_training_held_out_is_scored(evaluate, tmp_path):
+    lines = [f"Document {index} says that water is wet." for index in range(20)]
+    for index, line in enumerate(lines):
+        (tmp_path / f"{index:02}.txt").write_text(line)
+    for fraction, held_out in ((0.1, 2), (0.25, 5)):
+        options = {"tasks": ["perplexity"], "dataset_name": str(tmp_path), "validation_fraction": fraction}
+        assert list(evaluate(tmp_path / "results", **options).data.texts) == lines[-held_out:]
 
 
 def test_a_text_too_short_for_perplexity_by_position_is_evaluated_all_the_same(evaluate, tmp_path, capsys):
@@ -235,6 +259,12 @@ def test_solved_examples_are_of_the_training_split_and_the_same_in_every_run(eva
     plain, shown = (evaluate(tmp_path / str(n), tasks=["babi2"], num_shots=n).run()["results"] for n in (0, 2))
     # The model has never seen two stories in one prompt.
     assert plain[0]["value"] == 1.0 > shown[0]["value"]
+
+
+def test_of_few_stories_all_are_asked(evaluate, tmp_path):
+    questions = evaluate(tmp_path, tasks=["babi2"], num_questions=5000).data.questions["babi2"]
+    assert 16 < len(questions) < 5000
+    assert len({example.prompt for example in questions}) == len(questions)
 
 
 def test_of_few_sums_as_many_are_shown_as_there_are(evaluate, tmp_path):

@@ -1,6 +1,7 @@
 """Training MoRE: what a run leaves behind, how it resumes, and what it refuses."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mixturekit.hub_cards import check_model_card
 from mixturekit.modeling import MoreConfig, MoreForCausalLM
+from mixturekit.trainers.checkpoints import MANIFEST, check_checkpoint
 from mixturekit.trainers.language_modeling import load_data, train_language_model
 from mixturekit.trainers.language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
 from mixturekit.trainers.language_modeling_trainer import LanguageModelingTrainer
 from mixturekit.trainers.recipe_parser import parse_recipe
+from mixturekit.trainers.task_data import TASK_FILE, saved_task_arguments
 from mixturekit.trainers.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +72,36 @@ def test_perplexity_is_of_the_language_modelling_loss_alone(finished):
     losses, perplexities = history(folder, "lm_loss"), history(folder, "perplexity")
     torch.testing.assert_close(torch.tensor(losses).exp(), torch.tensor(perplexities), rtol=1e-4, atol=0)
     assert metrics["eval_perplexity"] == pytest.approx(torch.tensor(metrics["eval_loss"]).exp().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_evaluation_is_per_token_however_answers_and_batches_differ(finished, tmp_path, batch):
+    folder, _ = finished
+    _, data_arguments, config = arguments(tmp_path, per_device_eval_batch_size=batch)
+    tokenizer, _, validation = load_data(data_arguments)
+    lengths = {int((row["labels"] != -100).sum()) for row in validation}
+    assert len(lengths) > 1
+    model = MoreForCausalLM.from_pretrained(folder).eval()
+    nats = labels = 0
+    for row in validation:
+        targets = row["labels"][1:]
+        with torch.no_grad():
+            logits = model(input_ids=row["input_ids"][None]).logits[0, :-1]
+        nats += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        labels += (targets != -100).sum().item()
+    trainer = LanguageModelingTrainer(model=model, args=config, eval_dataset=validation, processing_class=tokenizer)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(nats / labels, rel=1e-5)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(nats / labels), rel=1e-5)
+
+
+def test_every_checkpoint_knows_what_its_evaluation_asks(tmp_path):
+    asked = {"reverse_answer": False, "max_digits": 2, "sequence_length": 192, "validation_fraction": 0.3}
+    train_language_model(*arguments(tmp_path, data=asked, max_steps=3))
+    for folder in (tmp_path, tmp_path / "checkpoint-3"):
+        assert asked.items() <= saved_task_arguments(folder).items()
+    manifest = json.loads((tmp_path / "checkpoint-3" / MANIFEST).read_text())
+    assert TASK_FILE in manifest["files"] and check_checkpoint(tmp_path / "checkpoint-3") is None
 
 
 def test_tensorboard_has_the_losses_the_speed_and_the_routing_of_each_layer(finished):
@@ -162,6 +195,8 @@ def test_two_processes_train_like_one_with_twice_the_batch(tmp_path):
         options |= {"vocab_size": 300, "num_examples": 200, "max_facts": 4, "max_digits": 2, "max_steps": 4}
         options |= {"logging_steps": 1, "eval_strategy": "no", "save_strategy": "no", "use_cpu": True, "seed": 7}
         options |= {"output_dir": tmp_path / folder, "per_device_train_batch_size": batch}
+        # The last batch of two processes has one example and fifteen that fill it up.
+        options |= {"num_validation_examples": 17, "per_device_eval_batch_size": 8}
         flags = [f"--{name}={value}" for name, value in options.items()]
         command = [sys.executable, *launcher, str(ROOT / "recipes" / "train_more.py"), *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -172,6 +207,8 @@ def test_two_processes_train_like_one_with_twice_the_batch(tmp_path):
     run("two", 4, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611")
     for key in ("lm_loss", "aux_loss"):
         torch.testing.assert_close(history(tmp_path / "one", key), history(tmp_path / "two", key), rtol=1e-3, atol=0)
+    one, two = (json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two"))
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
         path.name for path in (tmp_path / "one").iterdir()
     )
@@ -239,6 +276,7 @@ BAD_INPUT = {
     "zero_recurrences": ({"num_recurrences": 0}, {}, {}, "`num_recurrences` is 0"),
     "unknown_preset": ({"preset": "huge"}, {}, {}, "Unknown preset 'huge'; choose one of debug, tiny"),
     "missing_data": ({}, {"dataset_name": "./nowhere.txt"}, {}, "nowhere.txt"),
+    "too_long": ({}, {"sequence_length": 2049}, {}, "sequence_length is 2049: the model takes 2048 tokens at most"),
     "no_tokenizer": ({}, {"train_tokenizer": False}, {}, "No tokenizer"),
     "nothing_to_resume": ({}, {}, {"resume_from_checkpoint": "last"}, "No checkpoint to resume"),
 }  # fmt: skip

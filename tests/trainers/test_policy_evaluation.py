@@ -175,3 +175,10 @@ def test_a_video_shows_heavier_experts_by_longer_bars(tmp_path):
 def test_what_cannot_be_meant_is_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         PolicyEvaluationArguments("policy", output_dir=str(tmp_path), **changes)
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/eval"])
+def test_a_file_where_the_results_should_go_is_named_at_once(place, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(NotADirectoryError, match=f"{place} cannot be a folder, because .*taken is a file"):
+        PolicyEvaluationArguments("policy", output_dir=str(tmp_path / place), overwrite=True)

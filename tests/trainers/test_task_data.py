@@ -9,7 +9,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from mixturekit.trainers.babi import BabiQuestion, generate_stories, read_babi, write_babi
+from mixturekit.trainers.babi import BabiQuestion, generate_stories, read_babi
+from mixturekit.trainers.language_modeling_config import DataArguments
 from mixturekit.trainers.task_data import (
     BABI_TASKS,
     TaskArguments,
@@ -22,7 +23,7 @@ from mixturekit.trainers.task_data import (
 )
 
 BABI = Path(os.environ.get("MIXTUREKIT_DATA", Path(__file__).parents[2] / "../shared/data")) / "babi"
-DEFAULT = {"babi2": 1.0, "babi3": 1.0, "addition": 1.0}
+DEFAULT = dict.fromkeys(("babi2", "babi3", "addition"))
 
 
 def stories(count, seed=0, task="babi2"):
@@ -30,7 +31,7 @@ def stories(count, seed=0, task="babi2"):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, write_babi):
     """A folder with the training file of task 2, of 50 questions."""
     write_babi(stories(50), tmp_path / "qa2_two-supporting-facts_train.txt")
     return tmp_path
@@ -66,20 +67,32 @@ def test_weights_are_the_shares_of_a_mixture_and_no_example_is_left_out():
     examples = mix_examples(weights, TaskArguments(), "train", 600)
     counts = Counter(example.task for example in examples)
     assert counts["babi2"] / len(examples) == pytest.approx(0.75, abs=0.04)
-    whole = mix_examples({"babi2": 1.0, "addition": 1.0}, TaskArguments(), "train", 600)
+    whole = mix_examples(dict.fromkeys(weights), TaskArguments(), "train", 600)
     assert set(prompts(examples)) == set(prompts(whole))
     assert examples == mix_examples(weights, TaskArguments(), "train", 600)
+
+
+def test_equal_weights_are_equal_shares_of_tasks_of_different_sizes(folder):
+    arguments = TaskArguments(babi_data=str(folder))
+    shares = []
+    for tasks in (["babi2:1", "addition:1"], ["babi2", "addition"]):
+        examples = mix_examples(parse_task_weights(tasks), arguments, "train", 400)
+        shares.append(sum(example.task == "babi2" for example in examples) / len(examples))
+    assert shares == [pytest.approx(0.5, abs=0.05), 45 / 445]
+    # One task has all of its examples once, whatever its weight.
+    alone = (mix_examples(parse_task_weights([task]), arguments, "train", 0) for task in ("babi2:5", "babi2"))
+    assert len({tuple(sorted(prompts(examples))) for examples in alone}) == 1
 
 
 def test_weights_change_training_only():
     arguments, weights = TaskArguments(), {"babi2": 3.0, "addition": 1.0}
     assert mix_examples(weights, arguments, "validation", 40) == mix_examples(
-        dict.fromkeys(weights, 1.0), arguments, "validation", 40
+        dict.fromkeys(weights), arguments, "validation", 40
     )
 
 
 def test_arithmetic_is_its_three_operations_in_equal_shares():
-    assert parse_task_weights(["arithmetic"]) == dict.fromkeys(("addition", "subtraction", "multiplication"), 1.0)
+    assert parse_task_weights(["arithmetic"]) == dict.fromkeys(("addition", "subtraction", "multiplication"))
     weights = parse_task_weights(["babi2:1", "arithmetic:3"])
     assert weights == {"babi2": 1.0, "addition": 1.0, "subtraction": 1.0, "multiplication": 1.0}
 
@@ -109,7 +122,7 @@ def test_without_other_files_the_last_tenth_is_held_out(folder):
     assert test == validation
 
 
-def test_what_is_held_out_is_cut_between_two_stories(tmp_path):
+def test_what_is_held_out_is_cut_between_two_stories(tmp_path, write_babi):
     facts = tuple(f"Mary moved to the {place}." for place in ("garden", "office", "kitchen", "hallway"))
     growing = [BabiQuestion(facts[: end + 1], "Where is Mary?", "garden", (0,)) for end in range(4)]
     alone = BabiQuestion(("John moved to the garden.",), "Where is John?", "garden", (0,))
@@ -120,7 +133,7 @@ def test_what_is_held_out_is_cut_between_two_stories(tmp_path):
     assert [len(train), len(validation)] == [8, 4]
 
 
-def test_test_and_validation_files_are_used_where_they_are(folder):
+def test_test_and_validation_files_are_used_where_they_are(folder, write_babi):
     write_babi(stories(7, seed=1), folder / "qa2_two-supporting-facts_test.txt")
     arguments = TaskArguments(babi_data=str(folder))
     assert [len(load_examples("babi2", arguments, split)) for split in ("train", "validation", "test")] == [45, 5, 7]
@@ -129,7 +142,7 @@ def test_test_and_validation_files_are_used_where_they_are(folder):
 
 
 @pytest.mark.parametrize("task", BABI_TASKS)
-def test_each_of_the_twenty_tasks_is_found_by_its_file(tmp_path, task):
+def test_each_of_the_twenty_tasks_is_found_by_its_file(tmp_path, task, write_babi):
     for number in range(1, 21):
         write_babi(stories(2, seed=number) * 10, tmp_path / f"qa{number}_some-name_test.txt")
     number = int(task.removeprefix("babi"))
@@ -143,7 +156,29 @@ def test_a_file_alone_is_enough(folder):
     assert load_examples("babi2", alone, "train") == load_examples("babi2", whole, "train")
 
 
-def test_two_versions_of_the_data_in_one_folder_are_refused(folder):
+def test_the_file_of_one_task_has_no_stories_of_another(folder, tmp_path):
+    alone = TaskArguments(babi_data=str(folder / "qa2_two-supporting-facts_train.txt"))
+    with pytest.raises(ValueError, match="qa2_two-supporting-facts_train.txt has the stories of babi2, not of babi3"):
+        load_examples("babi3", alone, "train")
+    on_hub = TaskArguments(babi_data="owner/babi", babi_config="en-10k-qa12")
+    with pytest.raises(ValueError, match="en-10k-qa12 has the stories of babi12, not of babi1"):
+        load_examples("babi1", on_hub, "train")
+
+
+def test_stories_that_do_not_say_of_which_task_they_are_are_of_one(tmp_path, write_babi):
+    write_babi(stories(50), tmp_path / "mine.txt")
+    arguments = TaskArguments(babi_data=str(tmp_path / "mine.txt"))
+    one, two = ({"babi7": None, "addition": None}, {"babi7": None, "babi8": None})
+    assert Counter(example.task for example in mix_examples(one, arguments, "train", 9)) == {
+        "babi7": 45,
+        "addition": 9,
+    }
+    for split in ("train", "validation"):
+        with pytest.raises(ValueError, match="mine.txt has the same stories for babi7 as for babi8"):
+            mix_examples(two, arguments, split, 9)
+
+
+def test_two_versions_of_the_data_in_one_folder_are_refused(folder, write_babi):
     (folder / "en").mkdir()
     write_babi(stories(2), folder / "en" / "qa2_two-supporting-facts_train.txt")
     with pytest.raises(ValueError, match="has both .* give the folder of one version"):
@@ -240,11 +275,23 @@ def test_renamed_copies_come_on_top(folder):
     assert load_examples("babi2", arguments, "train", num_renamings=2) == renamed
 
 
+def test_generated_stories_are_not_renamed_into_those_held_out():
+    with pytest.raises(ValueError, match="num_renamings is 2: generated stories have all names as it is"):
+        load_examples("babi2", TaskArguments(), "train", 20, num_renamings=2)
+    # Of sums nothing is renamed, so that a mixture of them and stored stories may be asked for.
+    assert load_examples("addition", TaskArguments(), "train", 20, num_renamings=2)
+
+
 def test_what_is_left_beside_a_checkpoint_says_how_to_ask_and_names_no_path(tmp_path):
-    arguments = TaskArguments(babi_data="/home/someone/babi", max_digits=5, reverse_answer=False)
-    save_task_arguments(arguments, 64, tmp_path)
+    asked = {"max_digits": 5, "reverse_answer": False}
+    cut = {"sequence_length": 64, "validation_fraction": 0.25}
+    arguments = DataArguments(babi_data="/home/someone/babi", dataset_name="/home/someone/text", **asked, **cut)
+    save_task_arguments(arguments.for_evaluation(), tmp_path)
     saved = saved_task_arguments(tmp_path)
     assert "someone" not in json.dumps(saved)
-    kept = {name: value for name, value in asdict(arguments).items() if name not in ("babi_data", "babi_config")}
-    assert saved == kept | {"sequence_length": 64}
+    kept = {name: value for name, value in asdict(TaskArguments(**asked)).items() if not name.startswith("babi_")}
+    assert saved == kept | cut
+    (tmp_path / "elsewhere").mkdir()
     assert saved_task_arguments(tmp_path / "elsewhere") == {}
+    with pytest.raises(FileNotFoundError, match="No file or folder '.*/nowhere'"):
+        saved_task_arguments(tmp_path / "nowhere")
