@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,16 @@ class Pending:
         self._finish = finish
 
     def result(self) -> None:
-        """Waits; raises what the first operation that failed has raised."""
+        """Waits for all of them, whatever interrupts it; raises that, or what the first one that failed has raised."""
+        interruption = None
+        while not all(future.done() for future in self._futures):
+            # Until then the disk uses the memory, which whoever hears of the interruption takes for free.
+            try:
+                wait(self._futures)
+            except BaseException as error:
+                interruption = error
+        if interruption is not None:
+            raise interruption
         for future in self._futures:
             future.result()
         self._finish()

@@ -276,13 +276,15 @@ class ExpertStore(ExpertTiers):
         self.wait_for_copy()
         with self._lock:
             self._check()
-            for pool in self._pools:
-                for tier in (pool.fast, pool.ram):
-                    for key, row in tier.rows.items():
-                        # Nothing changes it before all is written, so that the host writes it from where it is.
-                        memory = tier.memory[row]
-                        self._write_back(key, memory, staged=memory.device.type != "cpu")
-            self._finish_writes()
+            try:
+                for pool in self._pools:
+                    for tier in (pool.fast, pool.ram):
+                        for key, row in tier.rows.items():
+                            # Nothing changes it before all is written, so that the host writes it from where it is.
+                            memory = tier.memory[row]
+                            self._write_back(key, memory, staged=memory.device.type != "cpu")
+            finally:
+                self._finish_writes()
             self.files.commit(metadata or {})
         if path is not None:
             self._copying = self._copier.submit(self.files.copy_checkpoint, path)

@@ -380,15 +380,33 @@ class ExpertTiers:
         return True
 
     def _finish_write(self, key: Key) -> None:
-        # If this raises, the record stays where it is, and whoever needs it next meets the error again.
-        self._writing[key].pending.result()
+        writing, pool = self._writing[key], self._pool(key[0])
+        try:
+            writing.pending.result()
+        except BaseException:
+            # What is in a tier may have been written from there, where another record comes next: it is still to be
+            # written. What is nowhere else stays where it is, and whoever needs it next meets the error again.
+            if key in pool.fast.rows or key in pool.ram.rows:
+                self._dirty.setdefault(key, writing.info)
+                self._forget_write(key)
+            raise
+        self._forget_write(key)
+
+    def _forget_write(self, key: Key) -> None:
         row = self._writing.pop(key).row
         if row is not None:
             self._free_ram.append(row)
 
     def _finish_writes(self) -> None:
+        """Waits for all writes, and only then raises what the first one that failed has raised."""
+        failure = None
         for key in list(self._writing):
-            self._finish_write(key)
+            try:
+                self._finish_write(key)
+            except BaseException as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _finish(self, keys: list[Key], reads: list[tuple[Key, torch.Tensor, torch.Tensor, Pending]]) -> list[int]:
         error = None
