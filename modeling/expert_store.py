@@ -310,6 +310,8 @@ class ExpertStore(ExpertTiers):
             self._wait_for(self._prefetching)
             if any(self._pins.values()):
                 raise RuntimeError("Experts are in use: restore between steps.")
+            for key in list(self._readings):
+                self._settle(key)
             self._finish_writes()
             for pool in self._pools:
                 for tier in (pool.fast, pool.ram):
@@ -341,7 +343,8 @@ class ExpertStore(ExpertTiers):
             self.wait_for_copy()
 
     def _wait_for(self, key: tuple[int, int] | None) -> None:
-        while key in self._loading or (key is not None and key == self._prefetching):
+        self._settle(key)
+        while key is not None and key == self._prefetching:
             self._lock.wait()
 
 
