@@ -86,6 +86,8 @@ class ExpertFiles:
         self._counting = threading.Lock()
         self.infos: dict[tuple[int, int], RecordInfo] = {}
         self.metadata: dict[str, Any] = {}
+        # What the folder was filled from, in words that JSON can hold; no checkpoint changes it.
+        self.source: Any = None
         self._identity = identity
         # The place of each record's last write, and that of its last checkpoint.
         self._places: dict[tuple[int, int], int] = {}
@@ -153,7 +155,7 @@ class ExpertFiles:
         """Makes what was written so far the checkpoint that the folder opens with, at once or not at all."""
         for descriptor in self._descriptors:
             self.engine.sync(descriptor)
-        manifest = {**self._description(), "metadata": metadata, "records": []}
+        manifest = {**self._description(), "source": self.source, "metadata": metadata, "records": []}
         if self._snapshot is not None:
             manifest["snapshot"] = str(self._snapshot)
         for (layer, expert), info in sorted(self.infos.items()):
@@ -287,7 +289,7 @@ class ExpertFiles:
             self.infos[key], self._places[key] = info, place
         self._kept = dict(self._places)
         self._snapshot = Path(manifest["snapshot"]) if "snapshot" in manifest else None
-        self.metadata = manifest["metadata"]
+        self.metadata, self.source = manifest["metadata"], manifest.get("source")
 
     def _lock_folder(self):
         file = (self.folder / "lock").open("a+")
