@@ -232,14 +232,15 @@ class MoreModel(MorePreTrainedModel):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
         packed_ids = None
-        if position_ids is None:
-            position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
-        elif attention_mask is None and past_key_values is None:
+        if position_ids is not None and attention_mask is None and past_key_values is None:
             packed_ids = find_packed_sequence_indices(position_ids)
+        # With a cache, transformers' masks take all tokens of a row for one document.
+        if use_cache and past_key_values is None and packed_ids is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
