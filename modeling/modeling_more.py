@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -377,7 +378,9 @@ class MoreForCausalLM(MorePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        chunked = self.config.loss_chunk_size > 0 and type(self.lm_head) is nn.Linear
+        # A head that is split over processes has to be called, because it gathers its logits then.
+        whole = type(self.lm_head) is nn.Linear and not isinstance(self.lm_head.weight, DTensor)
+        chunked = self.config.loss_chunk_size > 0 and whole
         if return_logits is None:
             return_logits = labels is None or not (self.training and chunked)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
