@@ -96,8 +96,7 @@ class ExpertFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._lock_folder()
         try:
-            if (self.folder / MANIFEST).exists():
-                self._load(read_manifest(self.folder, self._description()))
+            self._load()
             size = num_experts * 2 * layout.disk_bytes
             self._descriptors = [
                 engine.open(self.folder / f"layer_{layer:03}.records", size) for layer in range(num_layers)
@@ -193,15 +192,23 @@ class ExpertFiles:
         self._note_copy(Path(path).absolute(), json.loads((self.folder / MANIFEST).read_text()))
 
     def restore(self, path: str | Path) -> None:
-        """Takes every record, and the checkpoint, from a folder of [`~ExpertFiles.copy_checkpoint`]."""
+        """
+        Takes every record, and the checkpoint, from a folder of [`~ExpertFiles.copy_checkpoint`]. If that fails, the
+        records are those of the last checkpoint of this folder.
+        """
         path = Path(path).absolute()
+        # What was written since the last checkpoint is about to be overwritten.
+        self._load()
         manifest = read_manifest(path, self._description())
+        infos, places = {}, {}
         for key, (_, info) in _records(manifest).items():
             record = self._read_copy(path, key, info)
             place = 1 - self._kept[key] if key in self._kept else 0
             self.engine.write(*self._location(key, place), [as_memory(record)]).result()
             self.bytes_written += len(record)
-            self.infos[key], self._places[key] = info, place
+            infos[key], places[key] = info, place
+        self.infos.update(infos)
+        self._places.update(places)
         self._snapshot = path
         self.commit(manifest["metadata"])
 
@@ -284,9 +291,14 @@ class ExpertFiles:
             **self.layout.describe(),
         }
 
-    def _load(self, manifest: dict[str, Any]) -> None:
-        for key, (place, info) in _records(manifest).items():
-            self.infos[key], self._places[key] = info, place
+    def _load(self) -> None:
+        """Goes back to the last checkpoint, or to nothing."""
+        manifest = {"metadata": {}, "records": []}
+        if (self.folder / MANIFEST).exists():
+            manifest = read_manifest(self.folder, self._description())
+        records = _records(manifest)
+        self.infos = {key: info for key, (_, info) in records.items()}
+        self._places = {key: place for key, (place, _) in records.items()}
         self._kept = dict(self._places)
         self._snapshot = Path(manifest["snapshot"]) if "snapshot" in manifest else None
         self.metadata, self.source = manifest["metadata"], manifest.get("source")

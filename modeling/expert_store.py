@@ -302,7 +302,10 @@ class ExpertStore(ExpertTiers):
         self.files.copy_moved(path)
 
     def restore(self, path: str | Path) -> None:
-        """Takes the experts from a copy of a checkpoint, instead of those of the folder."""
+        """
+        Takes the experts from a copy of a checkpoint, instead of those of the folder. If that fails, they are those of
+        the last checkpoint.
+        """
         self.wait_for_copy()
         with self._lock:
             self._check()
