@@ -174,7 +174,8 @@ def load_offloaded(
         name_or_path (`str` or `Path`): A Hub id or a folder with an ordinary checkpoint.
         config ([`ExpertStoreConfig`]): As in [`offload_experts`]. While the folder is filled for the first time, a
             second copy of the experts may be needed beside it.
-        model_class (`type`, *optional*, defaults to `AutoModelForCausalLM`): What loads the model.
+        model_class (`type`, *optional*, defaults to `AutoModelForCausalLM`): The Auto class that loads the model; it
+            also builds it without weights, which classes of models do not offer.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Of the rest, and of the fast tier.
         kwargs: Further arguments of `from_pretrained`, among them a `config` for the model.
 
