@@ -176,6 +176,11 @@ class MopConfig(PreTrainedConfig):
             raise ValueError(
                 f"`policy_type` is 'gru', whose layers have one expert of size 1 or more, not {self.layers}."
             )
+        if self.recurrence == "published" and not (self.is_routed and all(map(any, self.layers))):
+            raise ValueError(
+                "`recurrence` is 'published', which needs `policy_type='pathways'` and an expert of size 1 or more in "
+                f"every layer, not {self.policy_type!r} and {self.layers}."
+            )
         if not 0 <= self.expert_dropout_max_prob <= 1:
             raise ValueError(
                 f"`expert_dropout_max_prob` is {self.expert_dropout_max_prob}; it must lie between 0 and 1."
@@ -228,7 +233,7 @@ class MopConfig(PreTrainedConfig):
         """The GRU baseline with as many layers, whose parameter count is the nearest."""
         target = self.block_parameters()
         baseline = copy.deepcopy(self)
-        baseline.policy_type = "gru"
+        baseline.policy_type, baseline.recurrence = "gru", "time"
         baseline.expert_dropout_max_prob = baseline.routing_cost_coef = 0.0
 
         def distance(size: int) -> int:

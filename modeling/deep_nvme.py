@@ -57,16 +57,17 @@ class DeepNvmeEngine(PreadEngine):
         queue_depth (`int`, *optional*, defaults to 8): Requests of one operation in flight.
 
     Raises:
-        ImportError, RuntimeError: As [`load_extension`].
+        ImportError, RuntimeError: As [`load_extension`], or what making a handle raises.
     """
 
     def __init__(self, threads: int = 2, block_size: int = 2**20, queue_depth: int = 8):
-        self._extension = load_extension()
-        self._options = (block_size, queue_depth, False, True, 1)
+        extension, options = load_extension(), (block_size, queue_depth, False, True, 1)
+        # Not in the threads, of which nobody would hear that it failed, while all wait for their operations.
+        self._handles = [extension.aio_handle(*options) for _ in range(threads)]
         super().__init__(threads, direct=True)
 
     def _work(self) -> None:
-        handle = self._extension.aio_handle(*self._options)
+        handle = self._handles.pop()
         self._run(lambda *job: self._transfer_by(handle, *job))
 
     def _transfer_by(self, handle, operation, descriptor: int, offset: int, buffers: list[memoryview]) -> None:

@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,16 @@ class Pending:
         self._finish = finish
 
     def result(self) -> None:
-        """Waits; raises what the first operation that failed has raised."""
+        """Waits for all of them, whatever interrupts it; raises that, or what the first one that failed has raised."""
+        interruption = None
+        while not all(future.done() for future in self._futures):
+            # Until then the disk uses the memory, which whoever hears of the interruption takes for free.
+            try:
+                wait(self._futures)
+            except BaseException as error:
+                interruption = error
+        if interruption is not None:
+            raise interruption
         for future in self._futures:
             future.result()
         self._finish()
@@ -77,6 +86,8 @@ class ExpertFiles:
         self._counting = threading.Lock()
         self.infos: dict[tuple[int, int], RecordInfo] = {}
         self.metadata: dict[str, Any] = {}
+        # What the folder was filled from, in words that JSON can hold; no checkpoint changes it.
+        self.source: Any = None
         self._identity = identity
         # The place of each record's last write, and that of its last checkpoint.
         self._places: dict[tuple[int, int], int] = {}
@@ -85,8 +96,7 @@ class ExpertFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._lock_folder()
         try:
-            if (self.folder / MANIFEST).exists():
-                self._load(read_manifest(self.folder, self._description()))
+            self._load()
             size = num_experts * 2 * layout.disk_bytes
             self._descriptors = [
                 engine.open(self.folder / f"layer_{layer:03}.records", size) for layer in range(num_layers)
@@ -144,7 +154,7 @@ class ExpertFiles:
         """Makes what was written so far the checkpoint that the folder opens with, at once or not at all."""
         for descriptor in self._descriptors:
             self.engine.sync(descriptor)
-        manifest = {**self._description(), "metadata": metadata, "records": []}
+        manifest = {**self._description(), "source": self.source, "metadata": metadata, "records": []}
         if self._snapshot is not None:
             manifest["snapshot"] = str(self._snapshot)
         for (layer, expert), info in sorted(self.infos.items()):
@@ -182,15 +192,23 @@ class ExpertFiles:
         self._note_copy(Path(path).absolute(), json.loads((self.folder / MANIFEST).read_text()))
 
     def restore(self, path: str | Path) -> None:
-        """Takes every record, and the checkpoint, from a folder of [`~ExpertFiles.copy_checkpoint`]."""
+        """
+        Takes every record, and the checkpoint, from a folder of [`~ExpertFiles.copy_checkpoint`]. If that fails, the
+        records are those of the last checkpoint of this folder.
+        """
         path = Path(path).absolute()
+        # What was written since the last checkpoint is about to be overwritten.
+        self._load()
         manifest = read_manifest(path, self._description())
+        infos, places = {}, {}
         for key, (_, info) in _records(manifest).items():
             record = self._read_copy(path, key, info)
             place = 1 - self._kept[key] if key in self._kept else 0
             self.engine.write(*self._location(key, place), [as_memory(record)]).result()
             self.bytes_written += len(record)
-            self.infos[key], self._places[key] = info, place
+            infos[key], places[key] = info, place
+        self.infos.update(infos)
+        self._places.update(places)
         self._snapshot = path
         self.commit(manifest["metadata"])
 
@@ -273,12 +291,17 @@ class ExpertFiles:
             **self.layout.describe(),
         }
 
-    def _load(self, manifest: dict[str, Any]) -> None:
-        for key, (place, info) in _records(manifest).items():
-            self.infos[key], self._places[key] = info, place
+    def _load(self) -> None:
+        """Goes back to the last checkpoint, or to nothing."""
+        manifest = {"metadata": {}, "records": []}
+        if (self.folder / MANIFEST).exists():
+            manifest = read_manifest(self.folder, self._description())
+        records = _records(manifest)
+        self.infos = {key: info for key, (_, info) in records.items()}
+        self._places = {key: place for key, (place, _) in records.items()}
         self._kept = dict(self._places)
         self._snapshot = Path(manifest["snapshot"]) if "snapshot" in manifest else None
-        self.metadata = manifest["metadata"]
+        self.metadata, self.source = manifest["metadata"], manifest.get("source")
 
     def _lock_folder(self):
         file = (self.folder / "lock").open("a+")

@@ -276,13 +276,15 @@ class ExpertStore(ExpertTiers):
         self.wait_for_copy()
         with self._lock:
             self._check()
-            for pool in self._pools:
-                for tier in (pool.fast, pool.ram):
-                    for key, row in tier.rows.items():
-                        # Nothing changes it before all is written, so that the host writes it from where it is.
-                        memory = tier.memory[row]
-                        self._write_back(key, memory, staged=memory.device.type != "cpu")
-            self._finish_writes()
+            try:
+                for pool in self._pools:
+                    for tier in (pool.fast, pool.ram):
+                        for key, row in tier.rows.items():
+                            # Nothing changes it before all is written, so that the host writes it from where it is.
+                            memory = tier.memory[row]
+                            self._write_back(key, memory, staged=memory.device.type != "cpu")
+            finally:
+                self._finish_writes()
             self.files.commit(metadata or {})
         if path is not None:
             self._copying = self._copier.submit(self.files.copy_checkpoint, path)
@@ -300,7 +302,10 @@ class ExpertStore(ExpertTiers):
         self.files.copy_moved(path)
 
     def restore(self, path: str | Path) -> None:
-        """Takes the experts from a copy of a checkpoint, instead of those of the folder."""
+        """
+        Takes the experts from a copy of a checkpoint, instead of those of the folder. If that fails, they are those of
+        the last checkpoint.
+        """
         self.wait_for_copy()
         with self._lock:
             self._check()
@@ -308,6 +313,8 @@ class ExpertStore(ExpertTiers):
             self._wait_for(self._prefetching)
             if any(self._pins.values()):
                 raise RuntimeError("Experts are in use: restore between steps.")
+            for key in list(self._readings):
+                self._settle(key)
             self._finish_writes()
             for pool in self._pools:
                 for tier in (pool.fast, pool.ram):
@@ -339,7 +346,8 @@ class ExpertStore(ExpertTiers):
             self.wait_for_copy()
 
     def _wait_for(self, key: tuple[int, int] | None) -> None:
-        while key in self._loading or (key is not None and key == self._prefetching):
+        self._settle(key)
+        while key is not None and key == self._prefetching:
             self._lock.wait()
 
 

@@ -92,6 +92,22 @@ class Writing:
     pending: Pending
 
 
+@dataclass
+class Reading:
+    """
+    A record on its way from the disk to its slot.
+
+    Args:
+        memory (`torch.Tensor`): The slot.
+        target (`torch.Tensor`): What is read to: the slot, or memory on the host in its stead.
+        pending ([`Pending`]): The operations.
+    """
+
+    memory: torch.Tensor
+    target: torch.Tensor
+    pending: Pending
+
+
 class Hold:
     """
     Experts of a layer that stay in the fast tier until they are released, or the hold is forgotten.
@@ -101,14 +117,13 @@ class Hold:
 
     def __init__(self, tiers: "ExpertTiers", keys: list[Key]):
         self._tiers, self._keys = tiers, keys
-        self._reads: list[tuple[Key, torch.Tensor, torch.Tensor, Pending]] = []
         self.released = False
 
     def wait(self) -> list[int]:
         """Returns the slots, in the order of the experts, once all are there; raises what reading them has raised."""
         started = time.perf_counter()
         try:
-            return self._tiers._finish(self._keys, self._reads)
+            return self._tiers._finish(self._keys)
         except BaseException:
             self.release()
             raise
@@ -162,7 +177,10 @@ class ExpertTiers:
         self._lock = threading.Condition(threading.RLock())
         self._pins: Counter[Key] = Counter()
         self._released: deque[list[Key]] = deque()
+        # Records that come from the disk, and of these the ones that nobody waits for yet. They are not their hold's,
+        # which may be forgotten before it is waited for.
         self._loading: set[Key] = set()
+        self._readings: dict[Key, Reading] = {}
         # Records in memory that the disk does not have yet, and those on their way to it.
         self._dirty: dict[Key, RecordInfo] = {}
         self._writing: OrderedDict[Key, Writing] = OrderedDict()
@@ -289,13 +307,8 @@ class ExpertTiers:
                 if key in self._pool(key[0]).fast.rows:
                     self._pool(key[0]).fast.policy.use(key)
                 else:
-                    hold._reads.extend(self._admit(key, priority))
+                    self._admit(key, priority)
         except BaseException:
-            for read in hold._reads:
-                # Until it has ended the disk still writes to the slot.
-                with suppress(Exception):
-                    read[-1].result()
-                self._abandon(read[0])
             hold.release()
             raise
         return hold
@@ -308,8 +321,8 @@ class ExpertTiers:
                 return tier.memory[tier.rows[key]]
         return self._writing[key].memory if key in self._writing else None
 
-    def _admit(self, key: Key, priority: int) -> list[tuple[Key, torch.Tensor, torch.Tensor, Pending]]:
-        """Gives `key` a slot; returns what has to be finished if its record comes from the disk."""
+    def _admit(self, key: Key, priority: int) -> None:
+        """Gives `key` a slot, and starts to read its record if it has to come from the disk."""
         pool = self._pool(key[0])
         slot = self._make_room(pool, key)
         target = memory = pool.fast.memory[slot]
@@ -322,12 +335,9 @@ class ExpertTiers:
         else:
             if self.device.type != "cpu":
                 target = aligned_buffer(1, self.layout.memory_bytes, pinned=True)[0]
-            pending = self.files.read(key, target, priority)
+            self._readings[key] = Reading(memory, target, self.files.read(key, target, priority))
             self._loading.add(key)
-            pool.fast.add(key, slot)
-            return [(key, memory, target, pending)]
         pool.fast.add(key, slot)
-        return []
 
     def _make_room(self, pool: Pool, arriving: Key) -> int:
         if pool.fast.free:
@@ -335,6 +345,10 @@ class ExpertTiers:
         leaving = self._victim(pool.fast)
         if leaving is None:
             raise NoRoomError("Every slot of the fast tier is in use.")
+        if leaving in self._readings:
+            # Its hold was forgotten, but the disk may not have ended.
+            self._settle(leaving)
+            return self._make_room(pool, arriving)
         ram = pool.ram
         room = ram.capacity + (arriving in ram.rows)
         if ram.capacity > 0 and len(ram.rows) >= room and (dropped := self._victim(ram)) is not None:
@@ -380,42 +394,69 @@ class ExpertTiers:
         return True
 
     def _finish_write(self, key: Key) -> None:
-        # If this raises, the record stays where it is, and whoever needs it next meets the error again.
-        self._writing[key].pending.result()
+        writing, pool = self._writing[key], self._pool(key[0])
+        try:
+            writing.pending.result()
+        except BaseException:
+            # What is in a tier may have been written from there, where another record comes next: it is still to be
+            # written. What is nowhere else stays where it is, and whoever needs it next meets the error again.
+            if key in pool.fast.rows or key in pool.ram.rows:
+                self._dirty.setdefault(key, writing.info)
+                self._forget_write(key)
+            raise
+        self._forget_write(key)
+
+    def _forget_write(self, key: Key) -> None:
         row = self._writing.pop(key).row
         if row is not None:
             self._free_ram.append(row)
 
     def _finish_writes(self) -> None:
+        """Waits for all writes, and only then raises what the first one that failed has raised."""
+        failure = None
         for key in list(self._writing):
-            self._finish_write(key)
+            try:
+                self._finish_write(key)
+            except BaseException as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
-    def _finish(self, keys: list[Key], reads: list[tuple[Key, torch.Tensor, torch.Tensor, Pending]]) -> list[int]:
-        error = None
+    def _finish(self, keys: list[Key]) -> list[int]:
         while True:
-            while reads:
-                key, memory, target, pending = reads.pop(0)
-                try:
-                    pending.result()
-                    if target is not memory:
-                        memory.copy_(target)
-                except BaseException as failure:
-                    error = error or failure
-                    self._abandon(key)
-                with self._lock:
-                    self._loading.discard(key)
-                    self._lock.notify_all()
-            if error is not None:
-                raise error
+            for key in keys:
+                self._arrive(key)
             with self._lock:
-                while any(key in self._loading for key in keys):
-                    self._lock.wait()
                 # What another thread has failed to read is tried again here, where the error belongs.
                 for key in keys:
                     if key not in self._pool(key[0]).fast.rows:
-                        reads.extend(self._admit(key, DEMAND))
-                if not reads:
+                        self._admit(key, DEMAND)
+                if not self._loading.intersection(keys):
                     return [self._pool(key[0]).fast.rows[key] for key in keys]
+
+    def _arrive(self, key: Key | None) -> None:
+        """Waits until the record of `key` is in its slot if it comes from the disk; raises what reading has raised."""
+        with self._lock:
+            while key in self._loading and key not in self._readings:
+                self._lock.wait()
+            reading = self._readings.pop(key, None)
+        if reading is None:
+            return
+        try:
+            reading.pending.result()
+            if reading.target is not reading.memory:
+                reading.memory.copy_(reading.target)
+            with self._lock:
+                self._loading.discard(key)
+                self._lock.notify_all()
+        except BaseException:
+            self._abandon(key)
+            raise
+
+    def _settle(self, key: Key | None) -> None:
+        """Waits as well, but for the sake of the slot, to which the disk writes until then."""
+        with suppress(Exception):
+            self._arrive(key)
 
     def _abandon(self, key: Key) -> None:
         """Takes back the slot of a record that did not arrive."""
@@ -453,7 +494,7 @@ class ExpertTiers:
             with self._lock:
                 hold = self._hold([key], PREFETCH)
                 self._prefetched.add(key)
-            self._finish([key], hold._reads)
+            self._finish([key])
         # Experts in use go first.
         except NoRoomError:
             pass

@@ -47,12 +47,16 @@ class InMemoryLazyAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Updates the experts that have got a token, and all else."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         experts = self.param_groups[0]["params"]
         gradients = [parameter.grad for parameter in experts]
         # Without a gradient, torch leaves a parameter alone.
         for parameter in experts:
             parameter.grad = None
-        loss = super().step(closure)
+        super().step()
         for parameter, gradient in zip(experts, gradients, strict=True):
             parameter.grad = gradient
         for layer, module in enumerate(self.modules):

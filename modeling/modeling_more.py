@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -232,14 +233,15 @@ class MoreModel(MorePreTrainedModel):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
         packed_ids = None
-        if position_ids is None:
-            position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
-        elif attention_mask is None and past_key_values is None:
+        if position_ids is not None and attention_mask is None and past_key_values is None:
             packed_ids = find_packed_sequence_indices(position_ids)
+        # With a cache, transformers' masks take all tokens of a row for one document.
+        if use_cache and past_key_values is None and packed_ids is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -376,7 +378,9 @@ class MoreForCausalLM(MorePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        chunked = self.config.loss_chunk_size > 0 and type(self.lm_head) is nn.Linear
+        # A head that is split over processes has to be called, because it gathers its logits then.
+        whole = type(self.lm_head) is nn.Linear and not isinstance(self.lm_head.weight, DTensor)
+        chunked = self.config.loss_chunk_size > 0 and whole
         if return_logits is None:
             return_logits = labels is None or not (self.training and chunked)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -20,7 +20,8 @@ class MissionEncoder(nn.Module):
 
     def __init__(self, config: MopConfig):
         super().__init__()
-        self.word_ids = {word: FIRST_WORD + index for index, word in enumerate(config.mission_vocabulary)}
+        words = dict.fromkeys(config.mission_vocabulary)
+        self.word_ids = {word: FIRST_WORD + index for index, word in enumerate(words)}
         self.embedding = nn.Embedding(FIRST_WORD + len(self.word_ids), config.word_dim, padding_idx=PADDING)
         self.gru = nn.GRU(config.word_dim, config.mission_dim, batch_first=True)
 

@@ -19,6 +19,7 @@ from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.utils import cached_file, extract_commit_hash
 
 from .expert_files import MANIFEST, read_manifest
 from .expert_store import ExpertStore, ExpertStoreConfig
@@ -173,7 +174,8 @@ def load_offloaded(
         name_or_path (`str` or `Path`): A Hub id or a folder with an ordinary checkpoint.
         config ([`ExpertStoreConfig`]): As in [`offload_experts`]. While the folder is filled for the first time, a
             second copy of the experts may be needed beside it.
-        model_class (`type`, *optional*, defaults to `AutoModelForCausalLM`): What loads the model.
+        model_class (`type`, *optional*, defaults to `AutoModelForCausalLM`): The Auto class that loads the model; it
+            also builds it without weights, which classes of models do not offer.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Of the rest, and of the fast tier.
         kwargs: Further arguments of `from_pretrained`, among them a `config` for the model.
 
@@ -181,18 +183,17 @@ def load_offloaded(
         `tuple[PreTrainedModel, ExpertStore]`: In evaluation mode, as from `from_pretrained`.
 
     Raises:
-        ValueError: If the folder was filled from another checkpoint, or from files that have changed since.
+        ValueError: If the folder was filled from another checkpoint, or from one that has changed since.
     """
-    files = sorted(Path(name_or_path).glob("*.safetensors"))
-    changed = max((file.stat().st_mtime_ns for file in files), default=None)
-    source = [str(Path(name_or_path).resolve()) if files else str(name_or_path), kwargs.get("revision"), changed]
+    place = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
+    source = _source(name_or_path, place)
     filled = Path(config.nvme_path, MANIFEST).exists()
-    if filled and (known := read_manifest(Path(config.nvme_path))["metadata"].get("source", source)) != source:
-        raise ValueError(f"{config.nvme_path} was filled from {known[0]}, or before it changed: use another folder.")
-    settings = {name: kwargs[name] for name in ("trust_remote_code", "revision", "token") if name in kwargs}
+    if filled and read_manifest(Path(config.nvme_path)).get("source") != source:
+        raise ValueError(f"{config.nvme_path} was not filled from {source[0]} as it is now: use another folder.")
+    trust = {"trust_remote_code": kwargs.get("trust_remote_code")}
     with torch.device("meta"):
-        model_config = kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **settings)
-        skeleton = model_class.from_config(model_config, **settings)
+        model_config = kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **place, **trust)
+        skeleton = model_class.from_config(model_config, **trust)
     Path(config.nvme_path).mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=config.nvme_path, prefix="loading-") as folder:
         # A name, because accelerate hands it to safetensors, which takes no `torch.device`.
@@ -200,7 +201,8 @@ def load_offloaded(
         model = model_class.from_pretrained(name_or_path, device_map=places, offload_folder=folder, **kwargs)
         store = offload_experts(model, config)
     if not filled:
-        store.checkpoint(metadata={"source": source})
+        store.files.source = source
+        store.checkpoint()
     remove_hook_from_module(model, recurse=True)
     del model.hf_device_map
     return model, store
@@ -460,6 +462,14 @@ def _num_parameters(count_rest: Callable[..., int], store: ExpertStore, only_tra
 
 def _parameters_in(store: ExpertStore) -> int:
     return store.num_layers * store.num_experts * sum(prod(shape) for _, shape in store.layout.parameters)
+
+
+def _source(name_or_path: str | Path, place: dict[str, Any]) -> list:
+    """A checkpoint, and what tells it from an earlier one there: when it was written, or its commit on the Hub."""
+    files = sorted(Path(name_or_path).glob("*.safetensors"))
+    if files:
+        return [str(Path(name_or_path).resolve()), max(file.stat().st_mtime_ns for file in files)]
+    return [str(name_or_path), extract_commit_hash(cached_file(name_or_path, "config.json", **place), None)]
 
 
 def _device(model: PreTrainedModel) -> torch.device:

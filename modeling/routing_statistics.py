@@ -279,7 +279,8 @@ class RoutingRecorder:
             self._running.pop(name, None)
 
         self._handles.append(owner.register_forward_pre_hook(enter, with_kwargs=True))
-        self._handles.append(owner.register_forward_hook(leave))
+        # Also after a forward that raised, whose mask no later one may meet.
+        self._handles.append(owner.register_forward_hook(leave, always_call=True))
 
     def _make_router_hook(self, layer: int, index: int, owner_name: str, owner: nn.Module) -> Callable:
         @torch.no_grad()

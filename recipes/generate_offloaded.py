@@ -58,7 +58,7 @@ def generate(arguments: GenerationArguments, offload) -> None:
         source, config, device=arguments.device, dtype=arguments.dtype, trust_remote_code=trust
     )
     with store:
-        if "source" not in store.metadata:
+        if store.metadata:
             raise ValueError(f"{offload.nvme_path} holds the experts of a training run: choose another folder.")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         prompts = tokenizer(arguments.prompt, return_tensors="pt", padding=True).to(arguments.device)

@@ -25,6 +25,8 @@ def test_layers_that_do_not_parse(layers):
         ({"encoder": "features"}, "`input_dim` must say"),
         ({"router_dim": 0}, "`router_dim` is 0"),
         ({"policy_type": "gru"}, "one expert of size 1 or more"),
+        ({"recurrence": "published", "policy_type": "gru", "layers": "8;8"}, "needs `policy_type='pathways'`"),
+        ({"recurrence": "published", "layers": "8,0;0,0"}, "size 1 or more in every layer, not .* and .*0, 0"),
         ({"mission_encoder": "pretrained"}, "name a text model"),
         ({"expert_dropout_max_prob": 1.5}, "1.5; it must lie between 0 and 1"),
         ({"cost_epsilon": 0.0}, "must be above 0"),
@@ -52,9 +54,11 @@ def test_block_parameters_are_those_of_the_model(fields):
     assert config.block_parameters() == sum(parameter.numel() for parameter in blocks.parameters())
 
 
-def test_gru_baseline_has_the_same_parameter_count():
-    config = MopConfig(layers="0,16,32;0,16,32;8", intermediate_dim=64)
+@pytest.mark.parametrize("recurrence", ["time", "published"])
+def test_gru_baseline_has_the_same_parameter_count(recurrence):
+    config = MopConfig(layers="0,16,32;0,16,32;8", intermediate_dim=64, recurrence=recurrence)
     baseline = config.matched_gru()
+    assert MopConfig.from_dict(baseline.to_dict()).layers == baseline.layers
     assert baseline.policy_type == "gru" and len(baseline.layers) == len(config.layers)
     assert baseline.block_parameters() == pytest.approx(config.block_parameters(), rel=0.02)
     assert config.policy_type == "pathways"

@@ -1,10 +1,12 @@
 """DeepNVMe moves the same bytes, and fails aloud, where it is there; where it isn't, one sentence says what to do."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mixturekit.modeling import deep_nvme
 from mixturekit.modeling.block_io import BLOCK, aligned_buffer, as_memory
 from mixturekit.modeling.deep_nvme import DeepNvmeEngine, is_built, load_extension
 from mixturekit.modeling.expert_store import ExpertStore, ExpertStoreConfig
@@ -29,6 +31,15 @@ def test_missing_deepspeed_is_told(tmp_path):
         ExpertStore(ExpertStoreConfig(str(tmp_path), engine="deepspeed"), {"weight": (2, 2)}, 1, 2)
     with ExpertStore(ExpertStoreConfig(str(tmp_path), engine="auto"), {"weight": (2, 2)}, 1, 2):
         pass
+
+
+def test_handle_that_cannot_be_made_is_an_error_at_once(monkeypatch):
+    def aio_handle(*_):
+        raise RuntimeError("too many requests of all programs together")
+
+    monkeypatch.setattr(deep_nvme, "load_extension", lambda: SimpleNamespace(aio_handle=aio_handle))
+    with pytest.raises(RuntimeError, match="too many requests"):
+        DeepNvmeEngine()
 
 
 @needs_deep_nvme

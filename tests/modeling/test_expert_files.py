@@ -180,14 +180,25 @@ def test_copy_of_an_existing_checkpoint_is_refused_at_the_next_call(folder, tmp_
 
 
 @pytest.mark.parametrize("damage", ["cut off", "damaged"])
-def test_damaged_copy_is_refused(folder, tmp_path, damage):
+def test_damaged_copy_is_refused_and_the_last_checkpoint_stays(folder, tmp_path, damage):
     with open_store(folder) as store:
         store.checkpoint(tmp_path / "copy").result()
+        for expert in range(EXPERTS):
+            train(store, expert)
+        store.checkpoint(metadata={"step": 1})
+        expected = weights(store)
+        for expert in range(EXPERTS):
+            train(store, expert)
         record = tmp_path / "copy" / "layer_000" / "expert_0001.record"
         content = record.read_bytes()
         record.write_bytes(content[:-1] if damage == "cut off" else content[:7] + b"x" + content[8:])
         with pytest.raises(RecordError, match=f"expert 1 .*{damage}"):
             store.restore(tmp_path / "copy")
+        assert all(map(torch.equal, weights(store), expected))
+        assert store.metadata == {"step": 1}
+        store.checkpoint()
+    with open_store(folder) as store:
+        assert all(map(torch.equal, weights(store), expected))
 
 
 def test_full_disk_leaves_the_last_checkpoint_intact(folder, tmp_path):

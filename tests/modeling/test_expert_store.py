@@ -87,6 +87,11 @@ class StoreMachine(RuleBasedStateMachine):
                     found = {name: part[slot] for name, part in self.store.weights(layer).items()}
                     self.assert_weights((layer, expert), found)
 
+    @rule(layer=st.integers(0, LAYERS - 1), experts=SOME_EXPERTS)
+    def forget(self, layer, experts):
+        """A hold that nobody waits for changes nothing."""
+        self.store.hold(layer, experts[: self.config.fast_capacity])
+
     @rule(layer=st.integers(0, LAYERS - 1), experts=SOME_EXPERTS, seed=st.integers(0, 99))
     def add_gradients(self, layer, experts, seed):
         for number, expert in enumerate(experts):

@@ -5,6 +5,7 @@ import torch
 
 from mixturekit.modeling.expert_store import ExpertStore, ExpertStoreConfig
 from mixturekit.modeling.lazy_adamw import LazyAdamW, clip_grad_norm_
+from mixturekit.modeling.lazy_adamw_in_memory import InMemoryLazyAdamW
 
 SHAPES = {"up": (6, 3), "gate": (5,)}
 EXPERTS = 5
@@ -87,6 +88,33 @@ def test_closure_computes_the_gradients(store):
 
     assert LazyAdamW(store).step(closure) == 1
     assert store.info(0, 0).step == 1
+
+
+def test_closure_computes_the_gradients_of_experts_in_memory():
+    """Of which only the one with a token moves, as if each were a parameter of its own."""
+    weight = torch.nn.Parameter(torch.rand(4, 3))
+    module = torch.nn.Module()
+    module.experts, module.forward = weight, lambda rows, index: (rows * weight[index[:, 0]]).sum()
+    alone = torch.nn.Parameter(weight[2].detach().clone())
+    optimizer = InMemoryLazyAdamW([module], [], lr=0.1)
+    reference = torch.optim.AdamW([alone], lr=0.1, fused=True)
+    before = weight.detach().clone()
+    for number in range(3):
+        rows = torch.full((1, 3), 1.0 + number)
+
+        def closure(rows=rows):
+            optimizer.zero_grad()
+            loss = module(rows, torch.tensor([[2]]))
+            loss.backward()
+            return loss
+
+        expected = (rows * weight[2]).sum()
+        assert torch.equal(optimizer.step(closure), expected)
+        alone.grad = rows[0]
+        reference.step()
+    assert torch.equal(weight[2], alone)
+    rest = [0, 1, 3]
+    assert torch.equal(weight[rest], before[rest])
 
 
 def test_norm_is_that_of_model_and_experts_together(store):

@@ -330,6 +330,13 @@ def test_missions_differ_by_their_words():
     torch.testing.assert_close(alone[0], embeddings[2], atol=1e-6, rtol=1e-5)
 
 
+def test_word_that_a_vocabulary_repeats_is_one_word():
+    mission = build(mission_vocabulary=["the", "open", "the", "door"]).encoder.mission
+    ids = mission.prepare(["open the door"])["mission_input_ids"]
+    assert ids.unique().numel() == len(mission.word_ids) == 3
+    assert mission(ids).shape == (1, 8)
+
+
 def test_carrying_is_read_from_the_image():
     policy = build()
     inputs = observe(policy, batch=1, time=1)

@@ -81,12 +81,14 @@ def test_padded_row_equals_unpadded_row(model, build_tokens, side):
         torch.testing.assert_close(padded[row, real], alone, atol=1e-3, rtol=1e-4)
 
 
-def test_packed_documents_equal_separate_documents(model, build_tokens):
+@pytest.mark.parametrize("arguments", [{}, {"use_cache": False}], ids=["default", "without a cache"])
+@torch.no_grad()
+def test_packed_documents_equal_separate_documents(model, build_tokens, arguments):
     """Two rows of documents whose borders differ, told by positions that start again."""
     rows = [(5, 4, 3), (2, 10)]
     ids = build_tokens(len(rows), SEQ)
     positions = torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths in rows])
-    packed = logits_of(model, ids, position_ids=positions)
+    packed = model(ids, position_ids=positions, **arguments).logits
     for row, lengths in enumerate(rows):
         for tokens, logits in zip(ids[row].split(lengths), packed[row].split(lengths), strict=True):
             torch.testing.assert_close(logits, logits_of(model, tokens.unsqueeze(0))[0], atol=1e-3, rtol=1e-4)

@@ -33,8 +33,9 @@ def check_inference(model, expected):
     torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-6)
 
 def check_gradients(model, tokens, expected):
-    loss = model(tokens, labels=tokens).loss
+    loss = model.train()(tokens, labels=tokens).loss
     loss.backward()
+    model.eval()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         torch.testing.assert_close(full(parameter.grad), expected["gradients"][name], rtol=1e-4, atol=1e-7, msg=name)
@@ -46,6 +47,7 @@ for folder in sys.argv[1:]:
     by_width = load(folder, tp_size=2)
     assert own_share(by_width.model.layers[0].self_attn.q_proj.weight) == 1 / 2
     check_inference(by_width, expected)
+    check_gradients(by_width, expected["tokens"], expected)
 
     by_expert = load(folder, tp_size=2, ep_size=2)
     assert {own_share(parameter) for parameter in by_expert.model.layers[0].mlp.experts.parameters()} == {1 / 2}
@@ -73,8 +75,8 @@ def save_with_results(expert_type, folder):
     torch.manual_seed(0)
     model = MoreForCausalLM(MoreConfig.from_preset("debug", expert_type, num_experts_per_tok=2)).eval()
     tokens = torch.randint(1, 512, (2, 16))
-    output = model(tokens, labels=tokens)
-    output.loss.backward()
+    model.train()(tokens, labels=tokens).loss.backward()
+    model.eval()
     results = {
         "tokens": tokens,
         "logits": model(tokens).logits.detach(),

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from accelerate.utils import OffloadedWeightsLoader
@@ -62,6 +63,71 @@ def test_experts_go_to_accelerate_and_back(build_mixture, tmp_path, dtype):
         import_offload_folder(store, names, tmp_path / "offload")
         for part, weight in store.read_weights(1, 5).items():
             assert torch.equal(weight, expected[f"{names[1]}.{part}"][5])
+
+
+@pytest.fixture
+def hub_cache(build_mixture, tmp_path, monkeypatch):
+    """What a download leaves behind: `commit` adds one, which is then the newest."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "cache" / "models--owner--tiny"
+
+    def commit(number):
+        commit_hash = f"{number:040x}"
+        build_mixture("mixtral").save_pretrained(repository / "snapshots" / commit_hash)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(commit_hash)
+        return commit_hash
+
+    return tmp_path / "cache", commit
+
+
+def load_and_save(name_or_path, folder, copy=None, **options):
+    """Loads with the experts in `folder`, and saves a checkpoint of them as a training does."""
+    _, store = load_offloaded(name_or_path, ExpertStoreConfig(str(folder), fast_capacity=2), **options)
+    with store:
+        copying = store.checkpoint(copy, {"step": 1})
+        if copying is not None:
+            copying.result()
+
+
+def test_experts_of_another_checkpoint_are_refused_also_after_training(build_mixture, tmp_path):
+    first, second, folder = tmp_path / "first", tmp_path / "second", tmp_path / "store"
+    for saved in (first, second):
+        build_mixture("mixtral").save_pretrained(saved)
+    for _ in range(2):
+        load_and_save(first, folder)
+    with pytest.raises(ValueError, match="store was not filled from .*second as it is now"):
+        load_and_save(second, folder)
+    # Nor by way of a copy that was made of the other one's experts.
+    load_and_save(second, tmp_path / "other", tmp_path / "copy")
+    _, store = load_offloaded(first, ExpertStoreConfig(str(folder), fast_capacity=2))
+    with store:
+        store.restore(tmp_path / "copy")
+    with pytest.raises(ValueError, match="store was not filled from .*second"):
+        load_and_save(second, folder)
+    load_and_save(first, folder)
+    (first / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="store was not filled from .*first as it is now"):
+        load_and_save(first, folder)
+
+
+def test_experts_of_unknown_origin_are_refused(build_mixture, tmp_path):
+    model = build_mixture("mixtral")
+    model.save_pretrained(tmp_path / "saved")
+    offload_experts(model, ExpertStoreConfig(str(tmp_path / "store"), fast_capacity=2)).close()
+    with pytest.raises(ValueError, match="store was not filled from .*saved"):
+        load_and_save(tmp_path / "saved", tmp_path / "store")
+
+
+def test_experts_of_an_earlier_commit_of_the_hub_are_refused(hub_cache, tmp_path):
+    cache, commit = hub_cache
+    first, options = commit(1), {"cache_dir": str(cache)}
+    for _ in range(2):
+        load_and_save("owner/tiny", tmp_path / "store", **options)
+    commit(2)
+    with pytest.raises(ValueError, match="not filled from owner/tiny as it is now"):
+        load_and_save("owner/tiny", tmp_path / "store", **options)
+    load_and_save("owner/tiny", tmp_path / "store", revision=first, **options)
 
 
 def test_pushing_while_saving_is_refused(build_mixture, tmp_path):

@@ -292,6 +292,25 @@ def test_experts_of_a_forgotten_graph_may_leave(lively, offload):
     assert store.room(0) == EXPERTS
 
 
+@pytest.mark.parametrize("enabled", [True, False], ids=["with gradients", "without"])
+def test_pass_after_one_that_failed_while_experts_arrived(lively, offload, enabled):
+    offloaded, store = offload(lively("mixtral"), 2)
+    experts = offloaded.model.layers[0].mlp.experts.forward
+    compute = experts.forward
+
+    def fail(*args):
+        experts.forward = compute
+        raise RuntimeError("interrupted")
+
+    with torch.set_grad_enabled(enabled):
+        expected = offloaded(tokens()).logits
+        experts.forward = fail
+        with pytest.raises(RuntimeError, match="interrupted"):
+            offloaded(tokens())
+        assert store.room(0) == 2
+        assert torch.equal(offloaded(tokens()).logits, expected)
+
+
 def test_two_forward_passes_before_one_backward_pass(lively, offload):
     model = lively("mixtral")
     offloaded, store = offload(model, 5)

@@ -231,6 +231,22 @@ def test_training_only_skips_evaluation_and_no_grad():
     assert len(record(model, batch(), training_only=True)) == 2
 
 
+def test_forward_that_raised_leaves_no_mask_to_the_next_one():
+    model, recorded = mixtral(), []
+
+    def fail(*_):
+        raise RuntimeError("interrupted")
+
+    with RoutingRecorder(model, lambda layer, routing: recorded.append(layer), training_only=True):
+        handle = model.model.norm.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            model.train()(**batch())
+        assert recorded == [0, 1]
+        handle.remove()
+        model.eval()(**batch())
+        assert recorded == [0, 1]
+
+
 def test_mask_with_a_cache_covers_the_new_tokens_only():
     model = mixtral().eval()
     inputs = batch()

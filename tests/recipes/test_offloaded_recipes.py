@@ -81,7 +81,7 @@ def test_text_is_that_of_the_model_in_memory(trained, run, tmp_path):
         assert printed.startswith(expected)
         assert "tokens/s" in printed
     refused, _ = run("generate_offloaded.py", *options, "--nvme_path", f"{folder}_experts")
-    assert "holds the experts of a training run" in refused
+    assert "was not filled from" in refused
     refused, _ = run("generate_offloaded.py", *options)
     assert "--nvme_path" in refused
 
@@ -139,13 +139,16 @@ def test_other_mixtures_train_further(trained, run, tmp_path, family):
     assert all(moved.values()), moved
 
 
-def test_more_goes_on_from_a_checkpoint_with_its_experts_on_disk(train, trained):
+def test_more_goes_on_from_a_checkpoint_with_its_experts_on_disk(train, trained, run):
     options = ["--model_name_or_path", trained[0], "--train_tokenizer", False, "--num_recurrences", 2]
     folder, code, _ = train("further", *options)
     assert code is None
     losses = [json.loads((path / "eval_results.json").read_text())["eval_loss"] for path in (trained[0], folder)]
     assert losses[1] < losses[0]
     assert MoreForCausalLM.from_pretrained(folder).config.num_recurrences == 2
+    options = ["--model_name_or_path", trained[0], "--prompt", "Mary", "--nvme_path", f"{folder}_experts"]
+    refused, _ = run("generate_offloaded.py", *options, "--fast_capacity", 3)
+    assert "holds the experts of a training run" in refused
 
 
 def test_failed_training_gives_the_folder_back(tmp_path):

@@ -1,0 +1,154 @@
+"""A failing disk, an interruption or a forgotten hold costs an error at most: never weights, nor a wait for ever."""
+
+import errno
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+
+from mixturekit.modeling.expert_store import ExpertStore, ExpertStoreConfig
+
+EXPERTS = 4
+SHAPES = {"weight": (32, 32)}
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Of its experts, each filled with its number, memory holds two."""
+    config = ExpertStoreConfig(str(tmp_path), fast_capacity=2, ram_capacity=0)
+    with ExpertStore(config, SHAPES, 1, EXPERTS) as store:
+        for expert in range(EXPERTS):
+            store.write_weights(0, expert, filled_with(expert))
+        store.checkpoint()
+        yield store
+
+
+def filled_with(value):
+    return {"weight": torch.full((32, 32), float(value))}
+
+
+def values(store, experts=range(EXPERTS)):
+    """What each expert is filled with, by way of the fast tier."""
+    found = []
+    for expert in experts:
+        with store.held(0, [expert]) as slots:
+            weight = store.weights(0)["weight"][slots[0]]
+            assert (weight == weight[0, 0]).all()
+            found.append(weight[0, 0].item())
+    return found
+
+
+def change(store, experts):
+    """Changes experts where they are, in the fast tier, which they then fill."""
+    with store.held(0, experts):
+        for expert in experts:
+            store.write_weights(0, expert, filled_with(10 + expert))
+
+
+def disturb(monkeypatch, operation, disturbance):
+    """Calls `disturbance` before the next operation of this kind on the disk, in the thread that does it."""
+    real, disturbances = getattr(os, operation), [disturbance]
+
+    def disturbed(*args):
+        with suppress(IndexError):
+            disturbances.pop()()
+        return real(*args)
+
+    monkeypatch.setattr(os, operation, disturbed)
+
+
+def break_down():
+    raise OSError(errno.EIO, "broken")
+
+
+def interrupt():
+    """What Ctrl-C does, while the disk has not ended yet."""
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    time.sleep(0.2)
+
+
+def dawdle():
+    time.sleep(0.3)
+
+
+def result_of(function):
+    """What `function` returns, if it does at all: another thread could be left waiting."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert results, "It did not end."
+    return results[0]
+
+
+@pytest.mark.parametrize(("disturbance", "error"), [(break_down, OSError), (interrupt, KeyboardInterrupt)])
+def test_experts_of_a_failed_checkpoint_stay_changed_until_the_next_one(store, monkeypatch, disturbance, error):
+    change(store, [0, 1])
+    disturb(monkeypatch, "pwritev", disturbance)
+    with pytest.raises(error):
+        store.checkpoint()
+    # Others come to where they were written from.
+    assert values(store, [2, 3, 0, 1]) == [2, 3, 10, 11]
+    store.checkpoint()
+    store.close()
+    with ExpertStore(store.config, SHAPES, 1, EXPERTS) as again:
+        assert values(again) == [10, 11, 2, 3]
+
+
+def test_expert_that_could_not_be_written_when_it_left_comes_back_and_is_written_again(store, monkeypatch):
+    change(store, [0])
+    disturb(monkeypatch, "pwritev", break_down)
+    assert values(store, [2, 3, 0]) == [2, 3, 10]
+    with pytest.raises(OSError, match="broken"):
+        store.checkpoint()
+    store.checkpoint()
+    store.close()
+    with ExpertStore(store.config, SHAPES, 1, EXPERTS) as again:
+        assert values(again) == [10, 1, 2, 3]
+
+
+def test_expert_that_is_nowhere_but_on_its_way_to_a_broken_disk_is_not_lost(store, monkeypatch):
+    disturb(monkeypatch, "pwritev", break_down)
+    store.write_weights(0, 2, filled_with(12))
+    with pytest.raises(OSError, match="broken"):
+        store.checkpoint()
+    assert values(store, [2]) == [12]
+
+
+def test_experts_of_a_hold_that_nobody_waited_for_can_be_held_again(store, monkeypatch):
+    disturb(monkeypatch, "preadv", dawdle)
+    store.hold(0, [2, 3])
+    assert store.room(0) == 2
+    assert result_of(lambda: values(store, [2, 3, 0, 1])) == [2, 3, 0, 1]
+
+
+def test_what_such_a_hold_failed_to_read_is_told_once_to_who_needs_it(store, monkeypatch):
+    disturb(monkeypatch, "preadv", break_down)
+    store.hold(0, [2])
+    with pytest.raises(OSError, match="broken"), store.held(0, [2, 3]):
+        pass
+    assert store.room(0) == 2
+    assert values(store) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_slot_is_not_given_to_another_expert_while_the_disk_writes_to_it(store, monkeypatch, tmp_path, restored):
+    store.checkpoint(tmp_path / "copy").result()
+    disturb(monkeypatch, "preadv", dawdle)
+    store.hold(0, [2, 3])
+    if restored:
+        store.restore(tmp_path / "copy")
+    with store.held(0, [0, 1]) as slots:
+        dawdle()
+        assert store.weights(0)["weight"][slots, 0, 0].tolist() == [0, 1]
+
+
+def test_expert_may_be_waited_for_by_anyone(store, monkeypatch):
+    disturb(monkeypatch, "preadv", dawdle)
+    first, second = store.hold(0, [2]), store.hold(0, [3, 2])
+    assert result_of(lambda: store.read_weights(0, 2))["weight"][0, 0] == 2
+    assert result_of(second.wait)[1:] == first.wait()
