@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import CONFIG_NAME
 
 from .checkpoints import (
     UNFINISHED,
@@ -37,6 +38,8 @@ class DurableTraining:
     - A checkpoint is written aside, brought to the disk and then named, so that it is whole or not there. If it cannot
       be written, the earlier ones stay, and so they do if a weight is not finite.
     - A checkpoint that is damaged, or of another model, is not resumed from; the one before it is.
+    - All weights of a checkpoint are loaded. `Trainer` itself goes by names, and misses the experts of mixtures that
+      transformers saves one by one and holds fused.
     - A run that was killed between its last update and its end has nothing left to learn when it is resumed.
     - SIGTERM and SIGINT end the run after the update under way and a checkpoint, with the exit code 128 + signal; the
       second one ends it at once.
@@ -120,6 +123,26 @@ class DurableTraining:
         # Wrappers change the names. Under ZeRO-3 a parameter is empty and knows its shape.
         model = self.accelerator.unwrap_model(self.model)
         return parameters_digest(tuple(getattr(value, "ds_shape", value.shape)) for value in model.parameters())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.is_fsdp_enabled or not Path(resume_from_checkpoint, CONFIG_NAME).is_file():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not Path(best, CONFIG_NAME).is_file():
+            super()._load_best_model()
+        else:
+            self._load_weights(best)
+
+    def _load_weights(self, folder: str) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        loaded, report = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+        if missing := report["missing_keys"]:
+            raise ValueError(f"{folder} lacks {len(missing)} weights of this model, such as {min(missing)}.")
+        model.load_state_dict(loaded.state_dict())
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from transformers import PhimoeConfig, PhimoeForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from .durable_training import DurableTraining
+from .durable_grpo_trainer import DurableGRPOTrainer
 from .expert_adapters import expert_lora_config, load_causal_lm
 from .gsm8k import (
     correctness_reward,
@@ -30,10 +30,6 @@ from .ppo_trainer import PPOTrainer
 from .tokenization import load_tokenizer, train_tokenizer
 from .word_problems import generate_word_problems
 from .zero_offload import check_zero_offload, prepare_for_zero3
-
-
-class DurableGRPOTrainer(DurableTraining, GRPOTrainer):
-    """TRL's own trainer, without a critic, that saves and stops as the others here do."""
 
 
 def load_splits(arguments: GSM8KDataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:

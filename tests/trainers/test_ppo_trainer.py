@@ -23,6 +23,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from mixturekit.modeling import MoreConfig, MoreForCausalLM
+from mixturekit.trainers.durable_grpo_trainer import DurableGRPOTrainer
 from mixturekit.trainers.expert_adapters import load_causal_lm
 from mixturekit.trainers.ppo_config import PPOConfig
 from mixturekit.trainers.ppo_trainer import SILENT_ROLLOUTS, PPOTrainer, _without_value_head
@@ -309,16 +310,27 @@ def weights(trainer):
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
+PPO = {"kl_target": 0.1, "router_replay": "r2"}
+
+
 @pytest.mark.parametrize("stopped_at", [2, 3], ids=["between rollouts", "within a rollout"])
-def test_a_resumed_run_is_the_run_that_was_never_stopped(make_trainer, stopped_at):
+@pytest.mark.parametrize(
+    ("trainer_class", "options"),
+    [(PPOTrainer, PPO), (PPOTrainer, PPO | {"peft": False}), (DurableGRPOTrainer, {"peft": False})],
+    ids=["PPO, adapters", "PPO, all weights", "GRPO, all weights"],
+)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(make_trainer, trainer_class, options, stopped_at):
     options = {
+        **options,
+        "trainer_class": trainer_class,
+        "reward": adds_up,
+        "num_generations": 4,
         "num_iterations": 2,
         "max_steps": 6,
         "save_strategy": "steps",
         "save_steps": 1,
         "save_only_model": False,
     }
-    options |= {"kl_target": 0.1, "router_replay": "r2"}
     whole = make_trainer(**options)
     whole.train()
     resumed = make_trainer(**options)
@@ -441,6 +453,7 @@ def test_trl_has_what_this_builds_on():
         "create_optimizer": ["model"],
         "_save": ["output_dir", "state_dict"],
         "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+        "_load_best_model": [],
         "_save_rng_state": ["output_dir"],
         "_load_rng_state": ["checkpoint"],
     }
