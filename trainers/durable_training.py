@@ -87,6 +87,15 @@ class DurableTraining:
         else:
             super()._run_epoch(*args, **kwargs)
 
+    def _finalize_training(self, *args, **kwargs):
+        best = self.state.best_model_checkpoint
+        if self._signals.agree(self.accelerator):
+            # `Trainer` would load it, and with room for one checkpoint remove the one that this run goes on from.
+            self.state.best_model_checkpoint = None
+        result = super()._finalize_training(*args, **kwargs)
+        self.state.best_model_checkpoint = best
+        return result
+
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """As `Trainer.training_step`; raises `FloatingPointError` if the loss is not finite."""
         loss = super().training_step(*args, **kwargs)

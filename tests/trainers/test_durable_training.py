@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -187,6 +188,27 @@ def test_save_total_limit_keeps_the_best_and_the_newest(tmp_path):
     assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-8", "checkpoint-2"]
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2") == trainer.state.best_model_checkpoint
+
+
+def test_a_run_that_a_signal_ends_keeps_the_checkpoint_that_it_names_beside_the_best(tmp_path, capsys):
+    options = {
+        "save_total_limit": 1, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2,
+        "metric_for_best_model": "loss", "greater_is_better": True, "learning_rate": 0.05,
+    }  # fmt: skip
+    stop = At(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = make_trainer(tmp_path / "run", callbacks=[stop], **options)
+    with pytest.raises(SystemExit):
+        stopped.train()
+    # The loss falls, and the largest is the best here.
+    assert [path.name for path in checkpoints_of(tmp_path / "run")] == ["checkpoint-5", "checkpoint-2"]
+    assert f"stopped at {tmp_path / 'run' / 'checkpoint-5'};" in capsys.readouterr().err
+    saved = load_file(tmp_path / "run" / "checkpoint-5" / "model.safetensors")
+    assert torch.equal(stopped.model.linear.weight, saved["linear.weight"])
+    resumed, whole = make_trainer(tmp_path / "run", **options), make_trainer(tmp_path / "whole", **options)
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert losses(resumed) == losses(whole)
+    assert torch.equal(resumed.model.linear.weight, whole.model.linear.weight)
 
 
 def test_rotation_removes_what_a_resumed_run_has_left_behind_and_then_the_oldest(tmp_path):
