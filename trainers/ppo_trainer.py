@@ -184,7 +184,8 @@ class PPOTrainer(DurableGRPOTrainer):
         """
         mask = self._loss_mask(batch).bool() & self._local(self._is_scored, batch)[:, None]
         values = self._rollout_values(batch)
-        last = mask.long().sum(dim=1, keepdim=True)
+        # The state after the last token that counts; tools and environments may have put others between.
+        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1, keepdim=True)
         states = torch.zeros_like(values, dtype=torch.bool)
         score = self._scores(batch, mode)
         if self.args.critic_level == "token":

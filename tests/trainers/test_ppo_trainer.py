@@ -306,6 +306,23 @@ def test_the_critic_comes_to_explain_returns(make_trainer):
     assert explained[-1] > 0.5 > explained[0]
 
 
+@pytest.mark.parametrize("level", ["token", "prompt", "sequence"])
+def test_tokens_of_tools_get_nothing_and_keep_nothing_from_others(make_trainer, level):
+    trainer = make_trainer(critic_level=level, lam=1.0, normalize_advantages=False, reward=adds_up)
+    torch.nn.init.normal_(trainer._policy.value_head.output.weight)
+    batch = rollout(trainer)
+    values = batch["state_values"]
+    batch["completion_mask"] = torch.ones_like(batch["completion_mask"])
+    batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+    batch["tool_mask"][:, 1] = batch["tool_mask"][:, 3] = 0
+    result = trainer._advantages(batch, "train")
+    chosen, score = batch["tool_mask"].bool(), trainer._rewards[:, None]
+    assert chosen.shape[1] == 4 and score.unique().numel() > 1
+    value = {"token": values[:, [0, 2]], "prompt": values[:, [0]], "sequence": values[:, [3]]}[level]
+    assert not result["advantages"][:, [1, 3]].any()
+    torch.testing.assert_close(result["advantages"][:, [0, 2]], (score - value).expand(-1, 2))
+
+
 def weights(trainer):
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
