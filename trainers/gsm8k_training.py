@@ -27,6 +27,7 @@ from .gsm8k_evaluation_config import GSM8KEvaluationArguments
 from .gsm8k_training_config import GENERATED, GSM8KDataArguments, GSM8KModelArguments
 from .ppo_config import PPOConfig
 from .ppo_trainer import PPOTrainer
+from .text_data import local_path
 from .tokenization import load_tokenizer, train_tokenizer
 from .word_problems import generate_word_problems
 from .zero_offload import check_zero_offload, prepare_for_zero3
@@ -39,17 +40,17 @@ def load_splits(arguments: GSM8KDataArguments) -> tuple[datasets.Dataset, datase
     Raises:
         ValueError: If the data set is a single file, which has no split of its own to judge by.
     """
-    counts = arguments.num_train_problems, arguments.num_eval_problems
-    if arguments.train_file == GENERATED:
-        made = [
-            generate_word_problems(count, split, arguments.max_number)
-            for count, split in zip(counts, ("train", "test"), strict=True)
-        ]
-        return made[0], made[1]
-    if arguments.eval_file is None and Path(arguments.train_file).is_file():
-        raise ValueError(f"{arguments.train_file} is one file: name other problems to judge by with --eval_file.")
-    train = load_gsm8k(arguments.train_file, "train", arguments.dataset_config, counts[0])
-    return train, load_gsm8k(arguments.eval_file or arguments.train_file, "test", arguments.dataset_config, counts[1])
+    source, judge = arguments.train_file, arguments.eval_file
+    if judge is None and source != GENERATED and (path := local_path(source)) is not None and path.is_file():
+        raise ValueError(f"{source} is one file: name other problems to judge by with --eval_file.")
+    train = _load_problems(source, "train", arguments.num_train_problems, arguments)
+    return train, _load_problems(judge or source, "test", arguments.num_eval_problems, arguments)
+
+
+def _load_problems(name: str, split: str, count: int | None, arguments: GSM8KDataArguments) -> datasets.Dataset:
+    if name == GENERATED:
+        return generate_word_problems(count, split, arguments.max_number)
+    return load_gsm8k(name, split, arguments.dataset_config, count)
 
 
 def build_small_policy(problems: datasets.Dataset) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
