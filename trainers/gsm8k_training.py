@@ -225,6 +225,7 @@ def evaluate(
     settings = GSM8KEvaluationArguments(
         model_name_or_path=str(config.output_dir),
         dataset_name=arguments.eval_file or arguments.train_file,
+        num_problems=arguments.num_eval_problems,
         max_new_tokens=config.max_completion_length,
         batch_size=arguments.eval_batch_size,
         prompt_format=arguments.prompt_format,

@@ -165,15 +165,18 @@ def _stage_evaluations(arguments: PushArguments, source: Path, folder: Path) -> 
             if picture.is_file():
                 (folder / FOLDER).mkdir(exist_ok=True)
                 shutil.copyfile(picture, folder / FOLDER / picture.name)
-        _write_gsm8k_results(report, folder)
+        # Whoever sorts a leaderboard wants to know what was learned.
+        if when != "before":
+            _write_gsm8k_results(report, folder)
     return reports
 
 
 def _write_gsm8k_results(report: dict, folder: Path) -> None:
-    """For the leaderboard of the data set, if the problems were its own."""
-    name = report["settings"].get("dataset_name")
+    """For the leaderboard of the data set, if the problems were those of its split test, and all of them."""
+    settings = report["settings"]
+    name = settings.get("dataset_name")
     records = [row for row in report["results"] if row.get("grader") == "exact" and row["metric"] == "pass@1"]
-    if not on_hub(name) or not records:
+    if not on_hub(name) or settings["split"] != "test" or settings["num_problems"] is not None or not records:
         return
     entries = [
         EvalResultEntry(

@@ -224,7 +224,7 @@ def _index_entries(report: dict) -> list[EvalResult]:
             task_type="text-generation",
             dataset_type=name if on_hub(name) else "local",
             dataset_name=_data_name(name),
-            dataset_split="test",
+            dataset_split=report["settings"]["split"],
             metric_type="exact_match" if record["grader"] == "exact" else record["grader"],
             metric_name=f"{record['metric']}, {record['decoding']}, {_TITLES[record['grader']]}",
             metric_value=round(record["value"], 5),

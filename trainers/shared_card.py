@@ -130,4 +130,4 @@ def _in_lines(command: str, width: int = 110) -> str:
 
 def on_hub(name: str | None) -> bool:
     """Whether `name` is that of a repository, and not of a file or folder here."""
-    return bool(name) and name.count("/") == 1 and not name.startswith(("/", ".")) and not Path(name).exists()
+    return bool(name) and name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(name).exists()
