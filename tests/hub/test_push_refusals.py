@@ -111,6 +111,14 @@ def test_an_adapter_to_a_base_of_this_machine_is_no_use_to_others(push, broken):
     assert "The policy was made from owner/base, whose licence decides: name it with --license." in told
 
 
+@pytest.mark.parametrize("system", ["more", "mop", "ppo", "tiered_moe"])
+def test_a_licence_that_is_named_is_that_of_the_card(owner, runs, system):
+    options = ("--model_name_or_path", runs[system], "--repo_id", "owner/new", "--dry_run")
+    before, card = owner.push(*options), owner.push(*options, "--license", "cc-by-4.0")
+    assert "license: apache-2.0\n" in before and "Apache-2.0: weights, code and card." in before
+    assert "license: cc-by-4.0\n" in card and "apache" not in card.lower()
+
+
 def changed(folder, factor):
     """Changes the weights of a run."""
     path = folder / "model.safetensors"
