@@ -44,11 +44,14 @@ class DurableTraining:
     - SIGTERM and SIGINT end the run after the update under way and a checkpoint, with the exit code 128 + signal; the
       second one ends it at once.
     - A loss or a gradient that is not finite ends the run with the number of the update.
+    - The token of the Hub is in no file.
     """
 
     def __init__(self, *args, **kwargs):
         self._saves_aside = False
         super().__init__(*args, **kwargs)
+        if self.args.hub_token is not None:
+            self.args.hub_token = HubToken(self.args.hub_token)
         callback = StopOnSignal(self)
         self._signals = callback.listener
         self.add_callback(callback)
@@ -209,6 +212,16 @@ class DurableTraining:
         if names:
             where = f"{names[0]} has values that are not finite after step {self.state.global_step}"
             raise FloatingPointError(self._not_finite(where))
+
+
+class HubToken(str):
+    """A token that is pickled as `None`: `Trainer` saves its arguments beside every model, and uploads them."""
+
+    def __reduce__(self):
+        return type(None), ()
+
+    def __deepcopy__(self, memo: dict) -> "HubToken":
+        return self
 
 
 class SignalListener:

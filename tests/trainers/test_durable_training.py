@@ -1,5 +1,6 @@
 """Checkpoints of any `Trainer` here: whole or not there, checked before they are loaded, made when a signal comes."""
 
+import copy
 import errno
 import json
 import os
@@ -132,6 +133,17 @@ def test_checkpoint_of_another_model_is_not_resumed(run, tmp_path):
     assert again.state.global_step == 10
     with pytest.raises(ValueError, match="checkpoint-12 is of a model with other parameters, and there is no other"):
         make_trainer(tmp_path / "third", width=3).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-12"))
+
+
+def test_token_of_the_hub_serves_in_the_process_and_is_in_no_file(tmp_path):
+    trainer = make_trainer(tmp_path, hub_token="hf_secret")
+    trainer.train()
+    trainer.save_model()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"training_args.bin"} <= {path.name for path in files}
+    assert not any(b"hf_secret" in path.read_bytes() for path in files)
+    assert copy.deepcopy(trainer.args).hub_token == trainer.args.hub_token == "hf_secret"
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).hub_token is None
 
 
 def test_planted_pickle_is_not_run(run, tmp_path):
