@@ -290,7 +290,8 @@ class PPOTrainer(DurableGRPOTrainer):
                 self._metrics[mode]["kl"].append(kl)
             if self.args.kl_target is not None and mode == "train":
                 error = min(max(kl / self.args.kl_target - 1, -0.2), 0.2)
-                self.beta *= 1 + error * len(self._rewards) / self.args.kl_horizon
+                # A rollout that is longer than the horizon would turn it to 0, or below.
+                self.beta *= 1 + error * min(1, len(self._rewards) / self.args.kl_horizon)
         if self.beta:
             self._metrics[mode]["beta"].append(self.beta)
 

@@ -429,6 +429,12 @@ def test_adapters_of_a_policy_in_4_bits_learn_in_full_precision(make_trainer, tm
     assert any(not torch.equal(trainer.model.get_parameter(name), value) for name, value in learned.items())
 
 
+def test_a_horizon_below_a_rollout_changes_beta_by_a_fifth_at_most(make_trainer):
+    trainer = make_trainer(kl_target=100.0, kl_horizon=1, max_steps=3, beta=0.5)
+    trainer.train()
+    assert logged(trainer, "beta") == pytest.approx([0.5 * 0.8, 0.5 * 0.8**2, 0.5 * 0.8**3])
+
+
 def test_evaluation_reports_rewards_and_leaves_no_trace(make_trainer):
     trainer = make_trainer(max_steps=1)
     trainer.train()
@@ -456,6 +462,10 @@ def test_bad_input_is_refused_in_one_sentence(make_trainer, tmp_path):
         make_trainer(critic_features="ref", beta=0.0)
     with pytest.raises(ValueError, match="must be divisible by num_generations"):
         make_trainer(num_generations=3)
+    with pytest.raises(ValueError, match="num_generations is 0: it must be at least 1"):
+        make_trainer(num_generations=0)
+    with pytest.raises(ValueError, match="sync_ref_model is not for PPO"):
+        make_trainer(sync_ref_model=True)
     with pytest.warns(UserWarning, match="critic_level is 'sequence'"):
         PPOConfig(str(tmp_path), critic_level="sequence", use_cpu=True, bf16=False)
 
