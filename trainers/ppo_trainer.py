@@ -24,7 +24,7 @@ from .policy_value_model import PREFIX, add_value_head, load_value_head, save_va
 from .ppo_card import CURVES, card_of_ppo_policy, ppo_record
 from .ppo_config import PPOConfig
 from .publishing import PublishingCallback, write_card
-from .router_replay import RouterReplay, keep_routing_deterministic
+from .router_replay import RouterReplay, check_replayable, keep_routing_deterministic
 from .zero_offload import prepare_for_zero3
 
 # After so many rollouts in which all rewards were the same, somebody should know.
@@ -80,8 +80,8 @@ class PPOTrainer(DurableGRPOTrainer):
         if self.args.freeze_router:
             for router in routers:
                 router.requires_grad_(False)
-        if self.args.router_replay != "off" and not routers:
-            raise ValueError(f"router_replay is on, but {type(policy).__name__} is no mixture of experts.")
+        if self.args.router_replay != "off":
+            check_replayable(policy)
         self._replay = RouterReplay(routers) if self.args.router_replay != "off" else None
         self._in_rollout = False
         self._passes: dict[str, list] = {}  # what the policy and the reference returned last
