@@ -66,6 +66,8 @@ class DurableTraining:
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} has no checkpoint to resume from.")
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
         try:
@@ -126,9 +128,9 @@ class DurableTraining:
         problem = check_checkpoint(checkpoint, self._parameters())
         if problem is None:
             return str(checkpoint)
-        earlier = newest_checkpoint(Path(checkpoint).parent, self._parameters())
+        earlier = newest_checkpoint(Path(checkpoint).parent, self._parameters(), up_to=checkpoint)
         if earlier is None:
-            raise ValueError(f"{checkpoint} {problem}, and there is no other to resume from.")
+            raise ValueError(f"{checkpoint} {problem}, and there is no earlier one to resume from.")
         return str(earlier)
 
     def _parameters(self) -> str:

@@ -123,6 +123,24 @@ def test_damaged_checkpoint_is_named_and_the_one_before_resumed(run, damage):
     assert check_checkpoint(newest) is None and losses(again) == losses(whole)
 
 
+def test_no_later_checkpoint_is_taken_for_a_damaged_one(run):
+    folder = run.args.output_dir
+    damaged = checkpoints_of(folder)[2]
+    assert damaged.name == "checkpoint-4"
+    DAMAGES["missing"](damaged)
+    again = make_trainer(folder, max_steps=10, save_strategy="no")
+    begun = []
+    again.add_callback(At(3, lambda: begun.append("after checkpoint-2")))
+    with pytest.warns(UserWarning, match="checkpoint-4 lacks scheduler.pt; it is skipped"):
+        again.train(resume_from_checkpoint=str(damaged))
+    assert begun == ["after checkpoint-2"]
+
+
+def test_nothing_to_resume_is_not_a_reason_to_begin_anew(tmp_path):
+    with pytest.raises(ValueError, match="has no checkpoint to resume from"):
+        make_trainer(tmp_path / "new").train(resume_from_checkpoint=True)
+
+
 def test_checkpoint_of_another_model_is_not_resumed(run, tmp_path):
     other = make_trainer(tmp_path / "other", width=2, max_steps=12, save_steps=12)
     other.train()
@@ -131,7 +149,9 @@ def test_checkpoint_of_another_model_is_not_resumed(run, tmp_path):
     with pytest.warns(UserWarning, match="checkpoint-12 is of a model with other parameters; it is skipped"):
         again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-12"))
     assert again.state.global_step == 10
-    with pytest.raises(ValueError, match="checkpoint-12 is of a model with other parameters, and there is no other"):
+    with pytest.raises(
+        ValueError, match="checkpoint-12 is of a model with other parameters, and there is no earlier one"
+    ):
         make_trainer(tmp_path / "third", width=3).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-12"))
 
 
