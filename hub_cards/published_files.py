@@ -24,7 +24,8 @@ PUBLISHED = (
 _SIBLING = re.compile(r"^\s*from \.(\w+) import", re.MULTILINE)
 _OWN_PACKAGE = re.compile(r"^\s*(?:from|import) mixturekit\b", re.MULTILINE)
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
-_SECRET = re.compile(r"token$|password|secret|api_key", re.IGNORECASE)
+# Not any token: a tokenizer has its `pad_token` and others.
+_SECRET = re.compile(r"(?:^|hub_|hf_|api_|auth_|access_)token$|password|secret|api_key", re.IGNORECASE)
 _OPTIMIZER = re.compile(r"(?:^|\.)(?:exp_avg|exp_avg_sq|momentum_buffer)$")
 
 
@@ -32,16 +33,13 @@ def shareable(value: object) -> object:
     """`value` of a JSON file without secrets, and with the last parts of absolute paths in their place."""
     if isinstance(value, dict):
         return {
-            name: shareable(item) for name, item in value.items() if not (_SECRET.search(name) and item_is_text(item))
+            name: shareable(item)
+            for name, item in value.items()
+            if not (_SECRET.search(name) and isinstance(item, str))
         }
     if isinstance(value, list | tuple):
         return [shareable(item) for item in value]
     return shareable_text(value) if isinstance(value, str) else value
-
-
-def item_is_text(value: object) -> bool:
-    """Whether `value` is a text that is not one of a tokenizer's special tokens."""
-    return isinstance(value, str) and not value.startswith("<")
 
 
 def shareable_text(text: str) -> str:

@@ -27,6 +27,7 @@ def train(model_arguments, arguments, config) -> None:
     from mixturekit.trainers.checkpoints import remove_checkpoints
     from mixturekit.trainers.expert_adapters import load_causal_lm, memory_report
     from mixturekit.trainers.gsm8k_training import (
+        check_arguments,
         evaluate,
         load_policy,
         load_splits,
@@ -41,6 +42,7 @@ def train(model_arguments, arguments, config) -> None:
 
     check_processes(config.use_cpu)
     check_zero_offload(config, model_arguments.nvme_path)
+    check_arguments(model_arguments, arguments, config)
     checkpoint = check_output_dir(config)
     problems, held_out = load_splits(arguments)
     model, tokenizer = load_policy(model_arguments, problems, config)

@@ -14,26 +14,25 @@ def generalized_advantages(
     Generalized advantage estimation (Schulman et al. 2015, arXiv 1506.02438, equation 16) of completions that end.
 
     With `delta_t = r_t + gamma V_{t+1} - V_t`, it is `A_t = delta_t + gamma lam A_{t+1}`; nothing comes after the last
-    token.
+    token. What is masked, such as the answer of a tool, is skipped: `t + 1` is the next token that counts.
 
     Args:
         rewards, values (`torch.Tensor` of shape `(batch, time)`): Of each token, and of the state before it.
-        mask (`torch.Tensor` of shape `(batch, time)`): True for a completion's tokens, which come first.
+        mask (`torch.Tensor` of shape `(batch, time)`): True for the tokens that the policy chose.
         gamma (`float`): Discount of a token.
         lam (`float`): 0 trusts the next state's value, 1 trusts nothing but rewards.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Advantages, and returns `A_t + V_t`, both `(batch, time)`, 0 where masked.
     """
-    mask = mask.to(values.dtype)
-    rewards, values = rewards * mask, values * mask
+    counts = mask.bool()
     advantages = torch.zeros_like(values)
     following = later_value = values.new_zeros(len(values))
     for step in reversed(range(values.shape[1])):
         delta = rewards[:, step] + gamma * later_value - values[:, step]
-        following = (delta + gamma * lam * following) * mask[:, step]
-        advantages[:, step], later_value = following, values[:, step]
-    return advantages, advantages + values
+        advantages[:, step] = following = torch.where(counts[:, step], delta + gamma * lam * following, following)
+        later_value = torch.where(counts[:, step], values[:, step], later_value)
+    return advantages * counts, (advantages + values) * counts
 
 
 def rollout_advantages(
@@ -60,12 +59,3 @@ def rollout_advantages(
         delta = rewards[step] + gamma * later_value * goes_on[step] - values[step]
         following = advantages[step] = delta + gamma * lam * goes_on[step] * following
     return advantages
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """`1 - Var(return - value) / Var(return)` over the tokens that count; nan where all returns are alike."""
-    values, returns = values[mask.bool()], returns[mask.bool()]
-    spread = returns.var(correction=0)
-    # Rounding leaves a little even of returns that are all the same.
-    alike = spread <= 1e-12 * returns.square().mean()
-    return torch.where(alike, torch.nan, 1 - (returns - values).var(correction=0) / spread)

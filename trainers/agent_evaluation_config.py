@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .atari import PREPROCESSING, check_games
 from .recipe_parser import RepeatableOption
+from .whole_files import check_folder
 
 RESULTS = "eval_results.json"
 
@@ -46,6 +47,7 @@ class AgentEvaluationArguments:
         self._check_files()
 
     def _check_files(self):
+        check_folder(self.output_dir)
         for path in (Path(self.output_dir, RESULTS), *([Path(self.video)] if self.video else [])):
             if path.exists() and not self.overwrite:
                 raise FileExistsError(f"{path} is there: choose another place, or replace it with --overwrite.")

@@ -115,9 +115,21 @@ def check_checkpoint(folder: str | Path, parameters: str | None = None) -> str |
     return None
 
 
-def newest_checkpoint(folder: str | Path, parameters: str | None = None) -> Path | None:
-    """The newest whole checkpoint of a run; those that are newer but not whole are named in a warning."""
-    for checkpoint in checkpoints_of(folder):
+def newest_checkpoint(
+    folder: str | Path, parameters: str | None = None, up_to: str | Path | None = None
+) -> Path | None:
+    """
+    The newest whole checkpoint of a run; those that are newer but not whole are named in a warning.
+
+    Args:
+        folder (`str` or `Path`): The run.
+        parameters (`str`, *optional*): As in [`check_checkpoint`].
+        up_to (`str` or `Path`, *optional*): A checkpoint, whose later ones are left out.
+    """
+    found = checkpoints_of(folder)
+    if up_to is not None and _CHECKPOINT.fullmatch(Path(up_to).name):
+        found = [checkpoint for checkpoint in found if _step(checkpoint) <= _step(Path(up_to))]
+    for checkpoint in found:
         problem = check_checkpoint(checkpoint, parameters)
         if problem is None:
             return checkpoint

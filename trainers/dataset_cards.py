@@ -12,10 +12,12 @@ from ..hub_cards.published_files import shareable
 from .gsm8k_completions import COLUMNS, read_completions, read_report
 from .gsm8k_evaluation_config import COMPLETIONS, RESULTS
 from .ppo_card import record_rows
-from .shared_card import on_hub
+from .shared_card import OWN_LICENCE, on_hub
 
 _SHARD_BYTES = 400_000_000
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+# Of problems that are known here; solutions have the problems in them, and so their licence.
+_LICENCES = {"openai/gsm8k": "mit", "generated": OWN_LICENCE}
 _SETTINGS = ("prompt_format", "num_shots", "temperature", "top_p", "max_new_tokens", "seed", "dtype")
 
 
@@ -24,7 +26,9 @@ def stage_demonstrations(episodes: datasets.Dataset, folder: str | Path) -> None
     _write_shards(episodes, Path(folder), "train")
 
 
-def demonstrations_card(episodes: datasets.Dataset, repository: str, revision: str | None = None) -> DatasetCard:
+def demonstrations_card(
+    episodes: datasets.Dataset, repository: str, revision: str | None = None, licence: str | None = None
+) -> DatasetCard:
     """
     The card of demonstrations.
 
@@ -32,7 +36,9 @@ def demonstrations_card(episodes: datasets.Dataset, repository: str, revision: s
         episodes (`datasets.Dataset`): By [`generate_demonstrations`] or [`load_demonstrations`].
         repository (`str`): Where they will be loaded from.
         revision (`str`, *optional*): The revision to pin.
+        licence (`str`, *optional*): That of this library if unset.
     """
+    licence = licence or OWN_LICENCE
     overview = episodes.select_columns(["level", "actions", "episode_return", "bot_failures"])
     names = np.array(overview["level"])
     lengths = np.array([len(actions) for actions in overview["actions"]])
@@ -51,7 +57,7 @@ def demonstrations_card(episodes: datasets.Dataset, repository: str, revision: s
     return render_dataset_card(
         "demonstrations",
         {
-            "license": "apache-2.0",
+            "license": licence,
             "pretty_name": name if len(levels) <= 3 else f"{name} and others",
             "task_categories": ["reinforcement-learning"],
             "size_categories": [_size(len(episodes))],
@@ -65,6 +71,7 @@ def demonstrations_card(episodes: datasets.Dataset, repository: str, revision: s
         frames=f"{lengths.sum():,}",
         levels=levels,
         failures=f"{sum(overview['bot_failures']):,}",
+        licence=licence,
     )
 
 
@@ -95,7 +102,11 @@ def stage_completions(solutions: datasets.Dataset, folder: str | Path) -> None:
 
 
 def completions_card(
-    solutions: datasets.Dataset, report: Mapping, repository: str, revision: str | None = None
+    solutions: datasets.Dataset,
+    report: Mapping,
+    repository: str,
+    revision: str | None = None,
+    licence: str | None = None,
 ) -> DatasetCard:
     """
     The card of solutions to word problems.
@@ -105,15 +116,21 @@ def completions_card(
         report (`Mapping`): What `eval_results.json` has.
         repository (`str`): Where they will be loaded from.
         revision (`str`, *optional*): The revision to pin.
+        licence (`str`, *optional*): That of the problems if unset.
+
+    Raises:
+        ValueError: If there is no licence and the problems are not known here.
     """
     settings, model = report["settings"], Path(report["model"]).name
     source = settings["dataset_name"]
     from_hub = on_hub(source)
+    licence = licence or _LICENCES.get(source)
+    if licence is None:
+        raise ValueError(f"The solutions have the problems of {source} in them: name their licence with --license.")
     shown = {"model": report["model"] if on_hub(report["model"]) else model, "hardware": report["hardware"]}
     shown |= {name.replace("_", " "): settings[name] for name in _SETTINGS if settings.get(name) is not None}
     metadata = {
-        # The problems are in it, so it is under their licence.
-        "license": "mit" if source == "openai/gsm8k" else "apache-2.0",
+        "license": licence,
         "pretty_name": f"Solutions of {model}",
         "language": ["en"],
         "task_categories": ["text-generation"],
@@ -122,7 +139,6 @@ def completions_card(
         "configs": [{"config_name": "default", "data_files": [{"split": "test", "path": "data/test-*"}]}],
     }
     metadata |= {"source_datasets": [source]} if from_hub else {}
-    licence = "MIT, as the problems of [GSM8K](https://huggingface.co/datasets/openai/gsm8k)."
     return render_dataset_card(
         "completions",
         metadata,
@@ -136,7 +152,7 @@ def completions_card(
         results=record_rows(report),
         columns=[{"name": name, "type": kind, "meaning": what} for name, (kind, what) in COLUMNS.items()],
         settings=shown,
-        licence=licence if metadata["license"] == "mit" else "Apache-2.0.",
+        licence=licence,
     )
 
 

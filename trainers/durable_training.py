@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import CONFIG_NAME
 
 from .checkpoints import (
     UNFINISHED,
@@ -37,15 +38,20 @@ class DurableTraining:
     - A checkpoint is written aside, brought to the disk and then named, so that it is whole or not there. If it cannot
       be written, the earlier ones stay, and so they do if a weight is not finite.
     - A checkpoint that is damaged, or of another model, is not resumed from; the one before it is.
+    - All weights of a checkpoint are loaded. `Trainer` itself goes by names, and misses the experts of mixtures that
+      transformers saves one by one and holds fused.
     - A run that was killed between its last update and its end has nothing left to learn when it is resumed.
     - SIGTERM and SIGINT end the run after the update under way and a checkpoint, with the exit code 128 + signal; the
       second one ends it at once.
     - A loss or a gradient that is not finite ends the run with the number of the update.
+    - The token of the Hub is in no file.
     """
 
     def __init__(self, *args, **kwargs):
         self._saves_aside = False
         super().__init__(*args, **kwargs)
+        if self.args.hub_token is not None:
+            self.args.hub_token = HubToken(self.args.hub_token)
         callback = StopOnSignal(self)
         self._signals = callback.listener
         self.add_callback(callback)
@@ -60,6 +66,8 @@ class DurableTraining:
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} has no checkpoint to resume from.")
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
         try:
@@ -83,6 +91,15 @@ class DurableTraining:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        best = self.state.best_model_checkpoint
+        if self._signals.agree(self.accelerator):
+            # `Trainer` would load it, and with room for one checkpoint remove the one that this run goes on from.
+            self.state.best_model_checkpoint = None
+        result = super()._finalize_training(*args, **kwargs)
+        self.state.best_model_checkpoint = best
+        return result
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """As `Trainer.training_step`; raises `FloatingPointError` if the loss is not finite."""
@@ -111,15 +128,35 @@ class DurableTraining:
         problem = check_checkpoint(checkpoint, self._parameters())
         if problem is None:
             return str(checkpoint)
-        earlier = newest_checkpoint(Path(checkpoint).parent, self._parameters())
+        earlier = newest_checkpoint(Path(checkpoint).parent, self._parameters(), up_to=checkpoint)
         if earlier is None:
-            raise ValueError(f"{checkpoint} {problem}, and there is no other to resume from.")
+            raise ValueError(f"{checkpoint} {problem}, and there is no earlier one to resume from.")
         return str(earlier)
 
     def _parameters(self) -> str:
         # Wrappers change the names. Under ZeRO-3 a parameter is empty and knows its shape.
         model = self.accelerator.unwrap_model(self.model)
         return parameters_digest(tuple(getattr(value, "ds_shape", value.shape)) for value in model.parameters())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.is_fsdp_enabled or not Path(resume_from_checkpoint, CONFIG_NAME).is_file():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not Path(best, CONFIG_NAME).is_file():
+            super()._load_best_model()
+        else:
+            self._load_weights(best)
+
+    def _load_weights(self, folder: str) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        loaded, report = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+        if missing := report["missing_keys"]:
+            raise ValueError(f"{folder} lacks {len(missing)} weights of this model, such as {min(missing)}.")
+        model.load_state_dict(loaded.state_dict())
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
@@ -177,6 +214,16 @@ class DurableTraining:
         if names:
             where = f"{names[0]} has values that are not finite after step {self.state.global_step}"
             raise FloatingPointError(self._not_finite(where))
+
+
+class HubToken(str):
+    """A token that is pickled as `None`: `Trainer` saves its arguments beside every model, and uploads them."""
+
+    def __reduce__(self):
+        return type(None), ()
+
+    def __deepcopy__(self, memo: dict) -> "HubToken":
+        return self
 
 
 class SignalListener:

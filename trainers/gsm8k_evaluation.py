@@ -98,10 +98,20 @@ def load_problems(arguments: GSM8KEvaluationArguments) -> tuple[datasets.Dataset
 
 
 def load_evaluated_model(arguments: GSM8KEvaluationArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in evaluation mode and its tokenizer; an adapter is merged into a model that is not in 4 bits."""
+    """
+    The model in evaluation mode and its tokenizer; an adapter is merged into a model that is not in 4 bits.
+
+    Raises:
+        ValueError: If the adapter is one of experts, and these are to be in 4 bits.
+    """
     source = str(local_path(arguments.model_name_or_path) or arguments.model_name_or_path)
-    adapter = find_adapter_config_file(source)
-    base = source if adapter is None else json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
+    base, found = source, find_adapter_config_file(source)
+    if found is not None:
+        adapter = json.loads(Path(found).read_text("utf-8"))
+        base = adapter["base_model_name_or_path"]
+        # PEFT finds no such weight in 4 bits, and only warns.
+        if arguments.load_in_4bit and adapter.get("target_parameters"):
+            raise ValueError(f"load_in_4bit: experts in 4 bits would lose the adapters that {source} has for them.")
     has_tokenizer = base == source or Path(source, "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(source if has_tokenizer else base)
     uses_chat(arguments.prompt_format, tokenizer)

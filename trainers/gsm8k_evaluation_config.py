@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .gsm8k import DATASET, PROMPT_FORMATS
 from .recipe_parser import RepeatableOption
+from .whole_files import check_folder
 
 RESULTS = "eval_results.json"
 COMPLETIONS = "completions.jsonl"
@@ -82,6 +83,7 @@ class GSM8KEvaluationArguments:
         self._check_files()
 
     def _check_files(self):
+        check_folder(self.output_dir)
         if self.overwrite and self.resume:
             raise ValueError("Choose one of overwrite and resume: the one replaces results, the other adds to them.")
         for name in (RESULTS, COMPLETIONS):

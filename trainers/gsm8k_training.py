@@ -7,10 +7,11 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate.state import AcceleratorState
+from peft import LoraConfig
 from transformers import PhimoeConfig, PhimoeForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from .durable_training import DurableTraining
+from .durable_grpo_trainer import DurableGRPOTrainer
 from .expert_adapters import expert_lora_config, load_causal_lm
 from .gsm8k import (
     correctness_reward,
@@ -25,15 +26,28 @@ from .gsm8k import (
 from .gsm8k_evaluation import GSM8KEvaluation
 from .gsm8k_evaluation_config import GSM8KEvaluationArguments
 from .gsm8k_training_config import GENERATED, GSM8KDataArguments, GSM8KModelArguments
+from .policy_value_model import value_head_file
 from .ppo_config import PPOConfig
 from .ppo_trainer import PPOTrainer
+from .router_replay import check_replayable
+from .text_data import local_path
 from .tokenization import load_tokenizer, train_tokenizer
 from .word_problems import generate_word_problems
 from .zero_offload import check_zero_offload, prepare_for_zero3
 
 
-class DurableGRPOTrainer(DurableTraining, GRPOTrainer):
-    """TRL's own trainer, without a critic, that saves and stops as the others here do."""
+def check_arguments(model_arguments: GSM8KModelArguments, arguments: GSM8KDataArguments, config: PPOConfig) -> None:
+    """
+    Refuses what the trainer would refuse only after the policy has been loaded and warmed up.
+
+    Raises:
+        ValueError: If GRPO has nothing to compare a completion with.
+        FileNotFoundError: If there is no value head to begin with.
+    """
+    if arguments.algorithm == "grpo" and config.num_generations < 2:
+        raise ValueError(f"num_generations is {config.num_generations}: algorithm grpo needs at least 2 generations.")
+    if model_arguments.value_head is not None:
+        value_head_file(model_arguments.value_head)
 
 
 def load_splits(arguments: GSM8KDataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -43,17 +57,17 @@ def load_splits(arguments: GSM8KDataArguments) -> tuple[datasets.Dataset, datase
     Raises:
         ValueError: If the data set is a single file, which has no split of its own to judge by.
     """
-    counts = arguments.num_train_problems, arguments.num_eval_problems
-    if arguments.train_file == GENERATED:
-        made = [
-            generate_word_problems(count, split, arguments.max_number)
-            for count, split in zip(counts, ("train", "test"), strict=True)
-        ]
-        return made[0], made[1]
-    if arguments.eval_file is None and Path(arguments.train_file).is_file():
-        raise ValueError(f"{arguments.train_file} is one file: name other problems to judge by with --eval_file.")
-    train = load_gsm8k(arguments.train_file, "train", arguments.dataset_config, counts[0])
-    return train, load_gsm8k(arguments.eval_file or arguments.train_file, "test", arguments.dataset_config, counts[1])
+    source, judge = arguments.train_file, arguments.eval_file
+    if judge is None and source != GENERATED and (path := local_path(source)) is not None and path.is_file():
+        raise ValueError(f"{source} is one file: name other problems to judge by with --eval_file.")
+    train = _load_problems(source, "train", arguments.num_train_problems, arguments)
+    return train, _load_problems(judge or source, "test", arguments.num_eval_problems, arguments)
+
+
+def _load_problems(name: str, split: str, count: int | None, arguments: GSM8KDataArguments) -> datasets.Dataset:
+    if name == GENERATED:
+        return generate_word_problems(count, split, arguments.max_number)
+    return load_gsm8k(name, split, arguments.dataset_config, count)
 
 
 def build_small_policy(problems: datasets.Dataset) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -83,10 +97,16 @@ def build_small_policy(problems: datasets.Dataset) -> tuple[PreTrainedModel, Pre
 def load_policy(
     arguments: GSM8KModelArguments, problems: datasets.Dataset, config: PPOConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy and its tokenizer, which pads on the left."""
+    """
+    The policy and its tokenizer, which pads on the left.
+
+    Raises:
+        ValueError: If what is asked for does not fit the policy; nothing has been written then.
+    """
     if arguments.model_name_or_path is None:
         torch.manual_seed(config.seed)
         model, tokenizer = build_small_policy(problems)
+        _check_policy(model, arguments, config)
         with config.main_process_first(desc="saving the first policy"):
             # A resumed run finds there what its reference is.
             if config.process_index == 0 and not config.resume_from_checkpoint:
@@ -97,7 +117,27 @@ def load_policy(
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     tokenizer.padding_side = "left"
     options = {"load_in_4bit": True, "device_map": {"": config.device}} if arguments.load_in_4bit else {}
-    return load_causal_lm(arguments.model_name_or_path, arguments.dtype, **options), tokenizer
+    model = load_causal_lm(arguments.model_name_or_path, arguments.dtype, **options)
+    _check_policy(model, arguments, config)
+    return model, tokenizer
+
+
+def _check_policy(model: PreTrainedModel, arguments: GSM8KModelArguments, config: PPOConfig) -> None:
+    _adapter_config(model, arguments)
+    if config.router_replay != "off":
+        check_replayable(model)
+
+
+def _adapter_config(model: PreTrainedModel, arguments: GSM8KModelArguments) -> LoraConfig | None:
+    if not arguments.use_peft:
+        return None
+    return expert_lora_config(
+        model,
+        arguments.lora_r,
+        arguments.lora_alpha,
+        target_parameters=None if arguments.lora_experts else [],
+        lora_dropout=arguments.lora_dropout,
+    )
 
 
 def warm_start_folder(config: PPOConfig) -> Path:
@@ -178,21 +218,12 @@ def make_trainer(
 ) -> GRPOTrainer:
     """The trainer of the algorithm that is asked for."""
     conversational = uses_chat(arguments.prompt_format, tokenizer)
-    adapter = None
-    if model_arguments.use_peft:
-        adapter = expert_lora_config(
-            model,
-            model_arguments.lora_r,
-            model_arguments.lora_alpha,
-            target_parameters=None if model_arguments.lora_experts else [],
-            lora_dropout=model_arguments.lora_dropout,
-        )
     common = {
         "reward_funcs": reward_functions(arguments),
         "train_dataset": with_prompts(train, conversational),
         "eval_dataset": with_prompts(held_out, conversational),
         "processing_class": tokenizer,
-        "peft_config": adapter,
+        "peft_config": _adapter_config(model, model_arguments),
     }
     if arguments.algorithm == "ppo":
         trainer = PPOTrainer(model, args=config, value_head=model_arguments.value_head, **common)
@@ -228,6 +259,7 @@ def evaluate(
     settings = GSM8KEvaluationArguments(
         model_name_or_path=str(config.output_dir),
         dataset_name=arguments.eval_file or arguments.train_file,
+        num_problems=arguments.num_eval_problems,
         max_new_tokens=config.max_completion_length,
         batch_size=arguments.eval_batch_size,
         prompt_format=arguments.prompt_format,

@@ -54,7 +54,7 @@ class GSM8KDataArguments:
         },
     )
     eval_file: str | None = field(
-        default=None, metadata={"help": "Problems to judge by; the split test of train_file if unset."}
+        default=None, metadata={"help": "Problems to judge by, likewise; the split test of train_file if unset."}
     )
     dataset_config: str | None = field(default="main", metadata={"help": "Configuration of a Hub data set."})
     num_train_problems: int | None = field(default=None, metadata={"help": "The first problems only; all if unset."})
@@ -84,7 +84,7 @@ class GSM8KDataArguments:
             raise ValueError(f"warm_start_steps is {self.warm_start_steps}: it must be at least 0.")
         if self.train_file == GENERATED and self.num_train_problems is None:
             self.num_train_problems = 4000
-        if self.train_file == GENERATED and self.num_eval_problems is None:
+        if (self.eval_file or self.train_file) == GENERATED and self.num_eval_problems is None:
             self.num_eval_problems = 200
         for name in ("num_train_problems", "num_eval_problems", "eval_batch_size", "warm_start_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:

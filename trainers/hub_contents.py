@@ -77,7 +77,7 @@ def _gather_demonstrations(arguments: PushArguments, folder: Path) -> Contents:
     stage_demonstrations(episodes, folder)
 
     def write_card(revision: str | None = None) -> RepoCard:
-        card = demonstrations_card(episodes, arguments.repo_id, revision)
+        card = demonstrations_card(episodes, arguments.repo_id, revision, arguments.license)
         card.save(folder / CARD)
         return card
 
@@ -92,7 +92,7 @@ def _gather_completions(arguments: PushArguments, folder: Path) -> Contents:
     (folder / _RESULTS).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
     def write_card(revision: str | None = None) -> RepoCard:
-        card = completions_card(solutions, report, arguments.repo_id, revision)
+        card = completions_card(solutions, report, arguments.repo_id, revision, arguments.license)
         card.save(folder / CARD)
         return card
 
@@ -103,7 +103,7 @@ def _gather_model(arguments: PushArguments, folder: Path) -> Contents:
     source = Path(arguments.model_name_or_path)
     if not source.is_dir():
         raise FileNotFoundError(f"There is no folder {source}.")
-    record = load_training_record(source)
+    record = load_training_record(source) | ({"license": arguments.license} if arguments.license else {})
     _, left = stage_files(source, folder)
     if (folder / "adapter_config.json").is_file():
         if arguments.merge_adapter:
@@ -141,9 +141,10 @@ def _model_card(
         from .ppo_card import card_of_ppo_policy
 
         base = arguments.base_model if on_hub(arguments.base_model) else record["data"].get("base_model")
-        if base and not arguments.license:
-            raise ValueError(f"The policy was made from {base}, whose licence decides: name it with --license.")
-        return card_of_ppo_policy(record, folder, name, revision, reports, base, arguments.license)
+        if (base or record["data"]["has_base"]) and not arguments.license:
+            made_from = base or "another model"
+            raise ValueError(f"The policy was made from {made_from}, whose licence decides: name it with --license.")
+        return card_of_ppo_policy(record, folder, name, revision, reports, base)
     raise ValueError(f"The record in {arguments.model_name_or_path} is of {record['system']!r}, which has no card.")
 
 
@@ -165,15 +166,18 @@ def _stage_evaluations(arguments: PushArguments, source: Path, folder: Path) -> 
             if picture.is_file():
                 (folder / FOLDER).mkdir(exist_ok=True)
                 shutil.copyfile(picture, folder / FOLDER / picture.name)
-        _write_gsm8k_results(report, folder)
+        # Whoever sorts a leaderboard wants to know what was learned.
+        if when != "before":
+            _write_gsm8k_results(report, folder)
     return reports
 
 
 def _write_gsm8k_results(report: dict, folder: Path) -> None:
-    """For the leaderboard of the data set, if the problems were its own."""
-    name = report["settings"].get("dataset_name")
+    """For the leaderboard of the data set, if the problems were those of its split test, and all of them."""
+    settings = report["settings"]
+    name = settings.get("dataset_name")
     records = [row for row in report["results"] if row.get("grader") == "exact" and row["metric"] == "pass@1"]
-    if not on_hub(name) or not records:
+    if not on_hub(name) or settings["split"] != "test" or settings["num_problems"] is not None or not records:
         return
     entries = [
         EvalResultEntry(

@@ -38,7 +38,8 @@ def push(contents: Contents, arguments: PushArguments) -> str:
         The id of the revision with the files.
 
     Raises:
-        PushError: If the Hub does not take it; what was there before is still there, and whole.
+        PushError: If the Hub does not take it; what was there before is still there, and whole, unless it is only the
+            card that was not taken, or the collection.
     """
     api, name, kind = HfApi(token=arguments.token), arguments.repo_id, arguments.kind
     with _sentences(name, api.endpoint):
@@ -54,10 +55,13 @@ def push(contents: Contents, arguments: PushArguments) -> str:
         commit = api.create_commit(
             name, _operations(api, contents, name, kind), commit_message=message, repo_type=kind, parent_commit=head
         )
-        contents.write_card(commit.oid)
-        card = CommitOperationAdd(CARD, contents.folder / CARD)
+    contents.write_card(commit.oid)
+    card = CommitOperationAdd(CARD, contents.folder / CARD)
+    landed = f"{name} has the files already, as revision {commit.oid}: run the same command again with --update."
+    with _sentences(name, api.endpoint, user, landed):
         api.create_commit(name, [card], commit_message="Pin the revision on the card", repo_type=kind)
-        if arguments.collection:
+    if arguments.collection:
+        with _sentences(arguments.collection, api.endpoint, user, landed):
             api.add_collection_item(arguments.collection, name, kind, exists_ok=True)
     return commit.oid
 
@@ -85,21 +89,22 @@ def _operations(api: HfApi, contents: Contents, name: str, kind: str) -> list:
 
 
 @contextlib.contextmanager
-def _sentences(name: str, endpoint: str, user: str | None = None) -> Iterator[None]:
-    """Turns what huggingface_hub raises into a sentence that says what to do."""
+def _sentences(name: str, endpoint: str, user: str | None = None, landed: str = "") -> Iterator[None]:
+    """Turns what huggingface_hub raises into a sentence that says what to do, and one of what is there already."""
+    state = landed or f"{name} is as before; run the same command again."
     try:
         yield
     except LocalTokenNotFoundError as error:
         raise PushError("There is no token of the Hub: log in with `hf auth login`, or give --token.") from error
     except HfHubHTTPError as error:
-        raise PushError(_refusal(error, name, user)) from error
+        raise PushError(f"{_refusal(error, name, user).rstrip('.')}. {landed}".strip()) from error
     except RuntimeError as error:
         # Of an upload; a commit is made after all of them.
-        raise PushError(f"{str(error).rstrip('.')}: {name} is as before; run the same command again.") from error
+        raise PushError(f"{str(error).rstrip('.')}. {state}") from error
     except Exception as error:
         if type(error).__name__ not in _UNREACHABLE:
             raise
-        raise PushError(f"{endpoint} cannot be reached, so {name} is as before: {error}.") from error
+        raise PushError(f"{endpoint} cannot be reached ({error}). {state}") from error
 
 
 def _refusal(error: HfHubHTTPError, name: str, user: str | None) -> str:

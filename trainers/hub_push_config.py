@@ -32,7 +32,8 @@ class PushArguments:
         metadata={"help": "What an adapter belongs to: its name on the Hub, or a folder with --merge_adapter."},
     )
     license: str | None = field(
-        default=None, metadata={"help": "Licence of a policy that was made from a base model, which decides it."}
+        default=None,
+        metadata={"help": "Licence; to be named where a base model decides it, or problems that are not known here."},
     )
     merge_adapter: bool = field(default=False, metadata={"help": "Whether adapters go there as part of their base."})
     env_id: list[str] = field(

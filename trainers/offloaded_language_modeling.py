@@ -11,7 +11,7 @@ from .checkpoints import remove_checkpoints
 from .language_modeling import check_output_dir, check_sequence_length, load_data
 from .language_modeling_config import DataArguments, LanguageModelingConfig
 from .offload_arguments import OffloadArguments
-from .offloaded_trainer import OffloadedTrainer
+from .offloaded_trainer import OffloadedTrainer, check_store_arguments
 from .process_checks import check_processes
 from .token_datasets import pad_blocks
 
@@ -49,8 +49,8 @@ def train_offloaded(
     if offload.nvme_path is None:
         raise ValueError("--nvme_path names the folder for the experts; without one, use transformers' Trainer.")
     check_processes(config.use_cpu)
-    if config.world_size > 1:
-        raise ValueError(f"A store has one user at a time: train in one process, not in {config.world_size}.")
+    # Before all experts are copied to the disk.
+    check_store_arguments(config)
     if arguments.dtype not in PRECISIONS:
         raise ValueError(f"--dtype is {' or '.join(PRECISIONS)}, not {arguments.dtype!r}.")
     checkpoint = check_output_dir(config)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
@@ -22,6 +22,18 @@ from .task_data import save_task_arguments
 from .zero_offload import check_leaf_blocks
 
 REST = "rest.safetensors"
+
+
+def check_store_arguments(args: TrainingArguments) -> None:
+    """Raises `ValueError` if experts in a store cannot be trained so; it takes no model to know."""
+    if args.world_size > 1:
+        raise ValueError(f"A store has one user at a time: train in one process, not in {args.world_size}.")
+    if args.fp16:
+        raise ValueError("Gradients in a store are not scaled for float16: choose bf16=True, or float32.")
+    if args.save_only_model and args.load_best_model_at_end:
+        raise ValueError("The best experts come from the records of its checkpoint: set save_only_model=False.")
+    if Trainer.get_optimizer_cls_and_kwargs(args)[0] is not torch.optim.AdamW:
+        raise ValueError(f"Experts in a store are trained by AdamW, not by optim={args.optim!r}.")
 
 
 class OffloadedTrainer(DurableTraining, Trainer):
@@ -46,7 +58,9 @@ class OffloadedTrainer(DurableTraining, Trainer):
         self.store, self.task_arguments = store, task_arguments
         super().__init__(*args, **kwargs)
         if store is not None:
-            self._check_arguments()
+            check_store_arguments(self.args)
+            if not store.config.training:
+                raise ValueError("The store was opened with training=False, which keeps no optimizer state.")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One optimizer for both: the groups of `Trainer`, after that of the experts."""
@@ -55,7 +69,7 @@ class OffloadedTrainer(DurableTraining, Trainer):
         if self.store is None or chosen is not None:
             return self.optimizer
         if type(self.optimizer) is not torch.optim.AdamW:
-            raise ValueError(f"Experts in a store are trained by AdamW, not by optim={self.args.optim!r}.")
+            raise ValueError(f"Experts in a store are trained by AdamW, not by {type(self.optimizer).__name__}.")
         defaults = self.optimizer.defaults
         # Which of them decay is decided by the same rule as for experts in memory, which goes by names and shapes.
         experts = nn.Module()
@@ -88,17 +102,6 @@ class OffloadedTrainer(DurableTraining, Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             save_task_arguments(self.task_arguments, folder)
         super().save_model(output_dir, _internal_call)
-
-    def _check_arguments(self) -> None:
-        args = self.args
-        if args.world_size > 1:
-            raise ValueError(f"A store has one user at a time: train in one process, not in {args.world_size}.")
-        if args.fp16:
-            raise ValueError("Gradients in a store are not scaled for float16: choose bf16=True, or float32.")
-        if args.save_only_model and args.load_best_model_at_end:
-            raise ValueError("The best experts come from the records of its checkpoint: set save_only_model=False.")
-        if not self.store.config.training:
-            raise ValueError("The store was opened with training=False, which keeps no optimizer state.")
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         if self.store is None:

@@ -113,6 +113,14 @@ def save_value_head(head: dict[str, Tensor], folder: str | Path) -> None:
     save_file({name: value.contiguous() for name, value in head.items()}, Path(folder, VALUE_HEAD))
 
 
+def value_head_file(folder: str | Path) -> Path:
+    """The file in a checkpoint of [`PPOTrainer`]; raises `FileNotFoundError` if there is none."""
+    path = Path(folder, VALUE_HEAD)
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {VALUE_HEAD}: it is no checkpoint of PPOTrainer.")
+    return path
+
+
 def load_value_head(head: ValueHead, folder: str | Path) -> None:
     """
     Loads what [`save_value_head`] saved.
@@ -121,9 +129,7 @@ def load_value_head(head: ValueHead, folder: str | Path) -> None:
         FileNotFoundError: If the folder has no value head.
         ValueError: If it is of another width.
     """
-    path = Path(folder, VALUE_HEAD)
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {VALUE_HEAD}: it is no checkpoint of PPOTrainer.")
+    path = value_head_file(folder)
     saved = load_file(path)
     width, expected = saved["output.weight"].shape[-1], head.output.in_features
     if width != expected:

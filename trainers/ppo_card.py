@@ -57,6 +57,8 @@ def ppo_record(model: PreTrainedModel, arguments: TrainingArguments, state: Trai
     )
     data = {**facts, "model_type": config.model_type, "shape": shape, "completions_per_update": batch}
     data["base_model"] = facts.get("base_model") if on_hub(facts.get("base_model")) else None
+    # Only the recipe knows of a policy that it has built itself.
+    data["has_base"] = facts.get("base_model", "unknown") is not None
     data["trainable"] = trainable
     return training_record("ppo", model, arguments, state, data)
 
@@ -74,20 +76,18 @@ def card_of_ppo_policy(
     revision: str | None = None,
     reports: Sequence[tuple[str, dict]] | None = None,
     base_model: str | None = None,
-    licence: str | None = None,
 ) -> ModelCard:
     """
     The card of a run that has been recorded.
 
     Args:
-        record (`dict`): By [`ppo_record`].
+        record (`dict`): By [`ppo_record`], with the `license` that was asked for, if one was.
         folder (`str` or `Path`): Where the card will lie, beside pictures, adapters and critic.
         repository (`str`): Where the policy will be loaded from.
         revision (`str`, *optional*): The revision to pin.
         reports (`Sequence[tuple[str, dict]]`, *optional*): What `eval_results.json` has, with when it was measured;
             those of the folder if unset.
         base_model (`str`, *optional*): What the adapters belong to, if not what the record says.
-        licence (`str`, *optional*): What the base model asks for.
     """
     data, arguments, folder = record["data"], record["arguments"], Path(folder)
     reports = reports_of_run(folder) if reports is None else reports
@@ -101,7 +101,8 @@ def card_of_ppo_policy(
     metadata = {"pipeline_tag": "text-generation", "tags": _tags(data, is_adapter)}
     if base_model:
         metadata |= {"base_model": base_model, "base_model_relation": "adapter" if is_adapter else "finetune"}
-        metadata["license"] = licence or "unknown"
+    if base_model or data["has_base"]:
+        metadata["license"] = record.get("license", "unknown")
     if on_hub(data["train_file"]):
         metadata["datasets"] = [data["train_file"]]
     entries = [entry for when, report in reports if when != BEFORE for entry in _index_entries(report)]
@@ -224,7 +225,7 @@ def _index_entries(report: dict) -> list[EvalResult]:
             task_type="text-generation",
             dataset_type=name if on_hub(name) else "local",
             dataset_name=_data_name(name),
-            dataset_split="test",
+            dataset_split=report["settings"]["split"],
             metric_type="exact_match" if record["grader"] == "exact" else record["grader"],
             metric_name=f"{record['metric']}, {record['decoding']}, {_TITLES[record['grader']]}",
             metric_value=round(record["value"], 5),

@@ -83,6 +83,9 @@ class PPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        # TRL divides by it.
+        if (self.num_generations or 0) < 1:
+            raise ValueError(f"num_generations is {self.num_generations}: it must be at least 1.")
         try:
             super().__post_init__()
         except ValueError as error:
@@ -108,6 +111,8 @@ class PPOConfig(GRPOConfig):
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(known)}.")
+        if self.sync_ref_model:
+            raise ValueError("sync_ref_model is not for PPO, whose reference has no critic to be synchronised.")
         if self.critic_features == "ref" and self.beta == 0:
             raise ValueError("critic_features is 'ref', but with beta 0 there is no reference; set beta or 'policy'.")
         if self.critic_features == "ref" and self.value_backbone_gradient:

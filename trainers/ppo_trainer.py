@@ -7,29 +7,24 @@ Shapes: batch; time, the tokens of a completion; states, time + 1: before each t
 """
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils import CONFIG_NAME
-from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from .advantages import generalized_advantages
-from .durable_training import DurableTraining
+from .durable_grpo_trainer import DurableGRPOTrainer
 from .expert_adapters import merged_adapters
 from .policy_value_model import PREFIX, add_value_head, load_value_head, save_value_head, split_value_head
 from .ppo_card import CURVES, card_of_ppo_policy, ppo_record
 from .ppo_config import PPOConfig
 from .publishing import PublishingCallback, write_card
-from .router_replay import RouterReplay, keep_routing_deterministic
+from .router_replay import RouterReplay, check_replayable, keep_routing_deterministic
 from .zero_offload import prepare_for_zero3
 
 # After so many rollouts in which all rewards were the same, somebody should know.
@@ -38,7 +33,7 @@ SILENT_ROLLOUTS = 10
 logger = logging.getLogger(__name__)
 
 
-class PPOTrainer(DurableTraining, GRPOTrainer):
+class PPOTrainer(DurableGRPOTrainer):
     """
     Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) of a causal language model.
 
@@ -74,10 +69,6 @@ class PPOTrainer(DurableTraining, GRPOTrainer):
             for parameter in policy.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
-        config = policy.config.get_text_config()
-        if config.model_type == "phimoe":
-            # Its balancing loss asks for the name that all other mixtures have.
-            config.num_experts = config.num_local_experts
         if self.is_deepspeed_enabled:
             prepare_for_zero3(policy, self.accelerator.state.deepspeed_plugin)
         add_value_head(policy, backbone_gradient=self.args.value_backbone_gradient)
@@ -89,8 +80,8 @@ class PPOTrainer(DurableTraining, GRPOTrainer):
         if self.args.freeze_router:
             for router in routers:
                 router.requires_grad_(False)
-        if self.args.router_replay != "off" and not routers:
-            raise ValueError(f"router_replay is on, but {type(policy).__name__} is no mixture of experts.")
+        if self.args.router_replay != "off":
+            check_replayable(policy)
         self._replay = RouterReplay(routers) if self.args.router_replay != "off" else None
         self._in_rollout = False
         self._passes: dict[str, list] = {}  # what the policy and the reference returned last
@@ -106,11 +97,6 @@ class PPOTrainer(DurableTraining, GRPOTrainer):
     @property
     def _policy(self):
         return self._unwrapped(self.model)
-
-    def _unwrapped(self, model: nn.Module):
-        """The transformers model inside of distributed wrappers and PEFT."""
-        model = self.accelerator.unwrap_model(model)
-        return model.get_base_model() if hasattr(model, "peft_config") else model
 
     # Rollout
 
@@ -198,7 +184,8 @@ class PPOTrainer(DurableTraining, GRPOTrainer):
         """
         mask = self._loss_mask(batch).bool() & self._local(self._is_scored, batch)[:, None]
         values = self._rollout_values(batch)
-        last = mask.long().sum(dim=1, keepdim=True)
+        # The state after the last token that counts; tools and environments may have put others between.
+        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1, keepdim=True)
         states = torch.zeros_like(values, dtype=torch.bool)
         score = self._scores(batch, mode)
         if self.args.critic_level == "token":
@@ -303,7 +290,8 @@ class PPOTrainer(DurableTraining, GRPOTrainer):
                 self._metrics[mode]["kl"].append(kl)
             if self.args.kl_target is not None and mode == "train":
                 error = min(max(kl / self.args.kl_target - 1, -0.2), 0.2)
-                self.beta *= 1 + error * len(self._rewards) / self.args.kl_horizon
+                # A rollout that is longer than the horizon would turn it to 0, or below.
+                self.beta *= 1 + error * min(1, len(self._rewards) / self.args.kl_horizon)
         if self.beta:
             self._metrics[mode]["beta"].append(self.beta)
 
@@ -397,58 +385,22 @@ class PPOTrainer(DurableTraining, GRPOTrainer):
             write_card(self, record, CURVES, partial(card_of_ppo_policy, record))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if not Path(resume_from_checkpoint, CONFIG_NAME).is_file() or self.is_fsdp_enabled:
+        with self._critic_from(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self._load_policy(resume_from_checkpoint)
-        if not self.is_fsdp_enabled:
-            load_value_head(self._policy.value_head, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if not Path(best, CONFIG_NAME).is_file() or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        with self._critic_from(self.state.best_model_checkpoint):
             super()._load_best_model()
-        else:
-            self._load_policy(best)
-        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            load_value_head(self._policy.value_head, best)
 
-    def _load_policy(self, folder: str) -> None:
-        """Loads all weights but the critic's. `Trainer` itself loads by name, and misses experts, which mixtures save
-        one by one and hold fused."""
-        policy = self._policy
-        loaded = type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict()
-        missing = [name for name in policy.load_state_dict(loaded, strict=False).missing_keys if PREFIX not in name]
-        if missing:
-            raise ValueError(f"{folder} lacks {len(missing)} weights of this policy, such as {min(missing)}.")
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """With each process's random state goes the rollout that it is learning from."""
-        super()._save_rng_state(output_dir)
-        state, tensors = _rollout_files(output_dir, self.args.process_index)
-        cycle = self.args.steps_per_generation * self.num_iterations
-        batches = self._buffered_inputs if self._step % cycle else []
-        named = {f"{i} {key}": value for i, batch in enumerate(batches or []) for key, value in batch.items()}
-        save_file({name: value.cpu().clone() for name, value in named.items() if value is not None}, tensors)
-        state.write_text(json.dumps({"step": self._step, "batches": len(batches or []), "beta": self.beta}))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
+    @contextlib.contextmanager
+    def _critic_from(self, checkpoint: str) -> Iterator[None]:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # They have the critic among all other weights.
+            yield
             return
-        state, tensors = _rollout_files(checkpoint, self.args.process_index)
-        if not state.is_file() or not tensors.is_file():
-            raise FileNotFoundError(
-                f"{checkpoint} has no rollout of process {self.args.process_index}: resume with as many processes as "
-                "before."
-            )
-        saved = json.loads(state.read_text())
-        self._step, self.beta = saved["step"], saved["beta"]
-        batches = [{} for _ in range(saved["batches"])]
-        for name, value in load_file(tensors, device=str(self.accelerator.device)).items():
-            index, key = name.split(" ")
-            batches[int(index)][key] = value
-        self._buffered_inputs = batches or None
+        with _without_value_head(self._policy):
+            yield
+        load_value_head(self._policy.value_head, checkpoint)
 
 
 class _RecordedCall:
@@ -469,8 +421,3 @@ def _without_value_head(policy: nn.Module) -> Iterator[None]:
         yield
     finally:
         policy._modules["value_head"] = head
-
-
-def _rollout_files(folder: str | Path, process_index: int) -> tuple[Path, Path]:
-    name = f"rollout_{process_index}"
-    return Path(folder, f"{name}.json"), Path(folder, f"{name}.safetensors")

@@ -33,6 +33,12 @@ def keep_routing_deterministic(model: nn.Module) -> list[nn.Module]:
     return [router for router, _ in routers.values()]
 
 
+def check_replayable(model: nn.Module) -> None:
+    """Raises `ValueError` if the model has no routers whose choices could be replayed."""
+    if not find_recorded(model, "router_logits"):
+        raise ValueError(f"router_replay is on, but {type(model).__name__} is no mixture of experts.")
+
+
 def _as_in_evaluation(module: nn.Module, _args: tuple) -> None:
     module.training = False
 

@@ -80,13 +80,13 @@ def card_of_run(
     Args:
         template (`str`): Its name.
         metadata (`dict`): Of the card; the licence if there is none, the library and the first tags are added.
-        record (`dict`): Of the run.
+        record (`dict`): Of the run, with the `license` that was asked for, if one was.
         folder (`str` or `Path`): Where the card will lie, whose pictures it shows.
         repository (`str`): Where the model will be loaded from.
         revision (`str`, *optional*): The revision to pin.
         facts: What else the template asks for.
     """
-    metadata = {"license": OWN_LICENCE, "library_name": "transformers", **metadata}
+    metadata = {"license": record.get("license", OWN_LICENCE), "library_name": "transformers", **metadata}
     metadata["tags"] = ["mixturekit", *metadata["tags"]]
     pictures = {path.stem: f"{FOLDER}/{path.name}" for path in sorted(Path(folder, FOLDER).glob("*.png"))}
     return render_model_card(
@@ -130,4 +130,4 @@ def _in_lines(command: str, width: int = 110) -> str:
 
 def on_hub(name: str | None) -> bool:
     """Whether `name` is that of a repository, and not of a file or folder here."""
-    return bool(name) and name.count("/") == 1 and not name.startswith(("/", ".")) and not Path(name).exists()
+    return bool(name) and name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(name).exists()

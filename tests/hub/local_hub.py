@@ -90,6 +90,7 @@ class LocalHub:
         cut_uploads_after (`int`, *optional*): Bytes of an LFS upload after which the connection is closed.
         stall_uploads_after (`int`, *optional*): Bytes after which the server waits for the client's end.
         stalled (`threading.Event`): That it waits.
+        refused_title (`str`, *optional*): Of commits that are refused.
     """
 
     def __init__(self, tokens: dict[str, str]):
@@ -101,6 +102,7 @@ class LocalHub:
         self.cut_uploads_after: int | None = None
         self.stall_uploads_after: int | None = None
         self.stalled = threading.Event()
+        self.refused_title: str | None = None
         self.lock = threading.Lock()
 
     def __enter__(self) -> "LocalHub":
@@ -345,6 +347,8 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, kind: str, name: str, revision: str, body: bytes) -> None:
         repository = self._repository(KINDS[kind], name, writing=True)
         header, *operations = [json.loads(line) for line in body.splitlines()]
+        if header["value"]["summary"] == self.hub.refused_title:
+            raise Refused(500, "Something went wrong.")
         with self.hub.lock:
             parent = header["value"].get("parentCommit")
             if parent not in (None, repository.revisions[-1][0]):

@@ -74,6 +74,24 @@ def test_solutions_load_with_the_verdicts_of_the_evaluation(solutions, stranger,
     assert int(right.split()[-1]) == round(row["value"] * 6)
 
 
+def test_solutions_are_under_the_licence_of_their_problems(hub, owner, runs, tmp_path):
+    assert "license: apache-2.0\n" in _card_of_solutions(owner, runs, tmp_path, "generated")
+    assert "license: mit\n" in _card_of_solutions(owner, runs, tmp_path, "openai/gsm8k")
+    told = _card_of_solutions(owner, runs, tmp_path, "me/problems", may_fail=True)
+    assert told.endswith("The solutions have the problems of me/problems in them: name their licence with --license.")
+    card = _card_of_solutions(owner, runs, tmp_path, "me/problems", "--license", "cc-by-4.0")
+    assert "license: cc-by-4.0\n" in card and "cc-by-4.0, as the problems are." in card
+
+
+def _card_of_solutions(owner, runs, tmp_path, source, *options, may_fail=False):
+    for path in (runs["ppo"] / "eval_after").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    report = json.loads((tmp_path / "eval_results.json").read_text())
+    report["settings"]["dataset_name"] = source
+    (tmp_path / "eval_results.json").write_text(json.dumps(report))
+    return owner.push("--completions", tmp_path, "--repo_id", "owner/new", "--dry_run", *options, may_fail=may_fail)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -61,9 +61,12 @@ def test_their_card_names_the_base_and_its_code_runs(hub, stranger, adapted, own
 
 def test_merged_they_need_no_base(hub, owner, stranger, runs, adapted, expected):
     options = ("--merge_adapter", "--base_model", runs["ppo"], "--repo_id", "owner/merged")
-    owner.push("--model_name_or_path", adapted, *options)
+    told = owner.push("--model_name_or_path", adapted, *options, may_fail=True)
+    assert told.endswith("The policy was made from another model, whose licence decides: name it with --license.")
+    owner.push("--model_name_or_path", adapted, *options, "--license", "gemma")
     files = hub.model("owner/merged").files
     assert {"model.safetensors", "value_head.safetensors"} <= set(files)
     assert not any(name.startswith("adapter") for name in files)
+    assert "license: gemma\n" in files["README.md"].decode()
     stranger.do(LOGITS.format(name="owner/merged", more=""))
     torch.testing.assert_close(torch.load(stranger.folder / "logits.pt"), expected, atol=1e-4, rtol=1e-4)

@@ -8,6 +8,7 @@ from transformers import Trainer
 
 from mixturekit.hub_cards import card_problems
 
+TOKEN = "hf_owner"
 LOADED_BY = {"more": "AutoModelForCausalLM", "mop": "AutoModel", "ppo": "AutoModelForCausalLM"}
 
 
@@ -20,6 +21,8 @@ def pushed(request, hub, owner, run_options, tmp_path_factory):
     push = (
         "--push_to_hub",
         "true",
+        "--hub_token",
+        TOKEN,
         "--hub_model_id",
         name,
         "--hub_strategy",
@@ -67,6 +70,12 @@ def test_the_critic_is_in_every_revision(pushed):
         assert ("value_head.safetensors" in files) == (system == "ppo"), title
         if system == "ppo":
             assert "output.weight" in load(files["value_head.safetensors"].data)
+
+
+def test_no_revision_has_the_token(pushed):
+    system, repository = pushed
+    for _, title, files in repository.revisions:
+        assert [name for name, file in files.items() if TOKEN.encode() in file.data] == [], title
 
 
 @pytest.mark.parametrize("hook", ["_finish_current_push", "_push_from_checkpoint", "push_to_hub", "init_hf_repo"])

@@ -76,14 +76,43 @@ def test_episodes_of_a_policy(hub, owner, copy, tmp_path):
     assert card.split("---\n")[1].count("type: success") == 1 and "of 4 held-out episodes" in card
 
 
-def test_solutions_of_a_policy_to_problems_of_the_hub(hub, owner, copy, tmp_path):
+@pytest.fixture
+def solved(copy):
+    """The folder of a policy, and how to say of its evaluations that they were of GSM8K."""
     folder = copy("ppo")
-    report = json.loads((folder / "eval_after" / "eval_results.json").read_text())
-    report["settings"]["dataset_name"] = "openai/gsm8k"
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "eval_results.json").write_text(json.dumps(report))
+
+    def claim(when, place=None, **settings):
+        report = json.loads((folder / f"eval_{when}" / "eval_results.json").read_text())
+        assert report["settings"]["num_problems"] == 6
+        report["settings"] |= {"dataset_name": "openai/gsm8k", "num_problems": None, **settings}
+        place = place or folder / f"eval_{when}"
+        place.mkdir(exist_ok=True)
+        (place / "eval_results.json").write_text(json.dumps(report))
+
+    return folder, claim
+
+
+def test_solutions_of_a_policy_to_problems_of_the_hub(hub, owner, solved, tmp_path):
+    folder, claim = solved
+    claim("after", tmp_path / "test")
     owner.push("--model_name_or_path", folder, "--evaluation", tmp_path / "test", "--repo_id", "owner/solved")
     card = check(hub.model("owner/solved"), tmp_path)
     assert "| test | openai/gsm8k | greedy, pass@1 | exact number | 6 |" in card
     entries = hub.model("owner/solved").files[".eval_results/gsm8k.yaml"].decode()
     assert "id: openai/gsm8k" in entries and "n = 6" in entries
+
+
+@pytest.mark.parametrize(
+    ("when", "settings"),
+    [("before", {}), ("after", {"split": "train[:100]"}), ("after", {"num_problems": 6})],
+    ids=["of the policy before it learned", "of other problems", "of a few problems"],
+)
+def test_what_is_no_result_on_the_benchmark_is_on_no_leaderboard(hub, owner, solved, tmp_path, when, settings):
+    folder, claim = solved
+    claim(when, **settings)
+    name = f"owner/unranked-{'-'.join([when, *settings])}"
+    owner.push("--model_name_or_path", folder, "--repo_id", name)
+    card = check(hub.model(name), tmp_path)
+    assert f"| {when} | openai/gsm8k | greedy, pass@1 | exact number | 6 |" in card
+    assert ".eval_results/gsm8k.yaml" not in hub.model(name).files
+    assert ("split: train[:100]" in card.split("---\n")[1]) == ("split" in settings)

@@ -62,7 +62,8 @@ def test_a_repository_that_exists_is_not_replaced_unasked(hub, push):
 def test_a_hub_that_is_not_there_is_named(arrive, push):
     lost = arrive("owner", HF_ENDPOINT="http://127.0.0.1:9")
     told = push("--repo_id", "owner/new", who=lost)
-    assert told.startswith("http://127.0.0.1:9 cannot be reached, so owner/new is as before")
+    assert told.startswith("http://127.0.0.1:9 cannot be reached (")
+    assert told.endswith("). owner/new is as before; run the same command again.")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,14 @@ def test_an_adapter_to_a_base_of_this_machine_is_no_use_to_others(push, broken):
     assert "The policy was made from owner/base, whose licence decides: name it with --license." in told
 
 
+@pytest.mark.parametrize("system", ["more", "mop", "ppo", "tiered_moe"])
+def test_a_licence_that_is_named_is_that_of_the_card(owner, runs, system):
+    options = ("--model_name_or_path", runs[system], "--repo_id", "owner/new", "--dry_run")
+    before, card = owner.push(*options), owner.push(*options, "--license", "cc-by-4.0")
+    assert "license: apache-2.0\n" in before and "Apache-2.0: weights, code and card." in before
+    assert "license: cc-by-4.0\n" in card and "apache" not in card.lower()
+
+
 def changed(folder, factor):
     """Changes the weights of a run."""
     path = folder / "model.safetensors"
@@ -134,6 +143,26 @@ def test_an_upload_that_is_cut_off_leaves_the_revision_before_whole(hub, arrive,
     # What was cut off is done by doing it again.
     assert push("--repo_id", "owner/whole", "--update", folder=folder) is None
     assert hub.model("owner/whole").files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_card_that_is_not_taken_does_not_hide_that_the_files_were(hub, push):
+    hub.refused_title = "Pin the revision on the card"
+    try:
+        told = push("--repo_id", "owner/half")
+    finally:
+        hub.refused_title = None
+    repository = hub.model("owner/half")
+    assert "model.safetensors" in repository.files
+    landed = f"owner/half has the files already, as revision {repository.revisions[-1][0]}"
+    assert told.endswith(f"{landed}: run the same command again with --update.") and "as before" not in told
+    assert push("--repo_id", "owner/half", "--update") is None
+    assert hub.model("owner/half").titles[-1] == "Pin the revision on the card"
+
+
+def test_a_collection_of_others_does_not_hide_that_the_model_is_there(hub, push):
+    told = push("--repo_id", "owner/alone", "--collection", "other/agents-0123456789abcdef01234567")
+    assert told.startswith("owner may not write to other/agents-0123456789abcdef01234567")
+    assert "owner/alone has the files already" in told and "README.md" in hub.model("owner/alone").files
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from mixturekit.modeling import MopConfig, MopForActionPrediction, MoreConfig, MoreForCausalLM
 from mixturekit.trainers.card_figures import draw_curve, draw_expert_loads
-from mixturekit.trainers.shared_card import readable_time
+from mixturekit.trainers.shared_card import on_hub, readable_time
 from mixturekit.trainers.training_record import launch_command, load_training_record, parameter_counts
 
 
@@ -28,6 +28,14 @@ from mixturekit.trainers.training_record import launch_command, load_training_re
 def test_the_command_is_one_that_others_can_give(monkeypatch, given, command):
     monkeypatch.setattr(sys, "argv", ["/home/me/mixturekit/recipes/train_more.py", *given])
     assert launch_command() == command
+
+
+@pytest.mark.parametrize(
+    ("name", "is_repository"),
+    [("openai/gsm8k", True), ("~/problems.jsonl", False), ("./problems", False), ("generated", False), (None, False)],
+)
+def test_what_lies_here_is_not_taken_for_a_repository(name, is_repository):
+    assert on_hub(name) is is_repository
 
 
 def test_what_is_no_recipe_has_no_command(monkeypatch):

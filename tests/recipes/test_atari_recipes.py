@@ -81,6 +81,8 @@ def test_an_evaluation_replaces_what_is_there_only_where_it_may(tmp_path):
         with pytest.raises(FileExistsError, match=f"{name} is there: .* replace it with --overwrite"):
             AgentEvaluationArguments("agent", **files)
     AgentEvaluationArguments("agent", **files, overwrite=True)
+    with pytest.raises(NotADirectoryError, match="cannot be a folder, because .*episode.gif is a file"):
+        AgentEvaluationArguments("agent", output_dir=files["video"], overwrite=True)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "recipes/atari").glob("*.yaml"))])

@@ -80,6 +80,10 @@ def test_the_files_hold_every_completion_and_every_figure(finished):
         (["--dataset_name", "{folder}/plain.jsonl"], "plain.jsonl, row 1: the answer has no `####` with the final"),
         (["--dataset_name", "{folder}/other.jsonl"], "other.jsonl has no column 'answer': it has only question."),
         (["--output_dir", "{folder}/old"], "old/eval_results.json is there: choose another --output_dir, go on with"),
+        (
+            ["--output_dir", "{folder}/plain.jsonl"],
+            "plain.jsonl cannot be a folder, because {folder}/plain.jsonl is a",
+        ),
         (["--resume"], "FileNotFoundError: There is no run in {folder}/new to resume."),
         (["--prompt_format", "chat"], "prompt_format is 'chat', but the tokenizer has no chat template: choose"),
         (["--max_new_tokens", 100000], "max_new_tokens is 100000: with the longest prompt, of"),

@@ -139,6 +139,19 @@ def test_other_mixtures_train_further(trained, run, tmp_path, family):
     assert all(moved.values()), moved
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--optim", "adafactor"), "trained by AdamW, not by optim="),
+        (("--save_only_model", True, "--load_best_model_at_end", True), "set save_only_model=False"),
+    ],
+)
+def test_what_a_store_cannot_do_is_refused_before_experts_are_copied(trained, run, tmp_path, options, message):
+    places = ["--model_name_or_path", trained[0], "--nvme_path", tmp_path / "experts", "--output_dir", tmp_path]
+    refused, _ = run("train_offloaded.py", *places, "--use_cpu", True, "--bf16", False, *options)
+    assert message in refused and not (tmp_path / "experts").exists()
+
+
 def test_more_goes_on_from_a_checkpoint_with_its_experts_on_disk(train, trained, run):
     options = ["--model_name_or_path", trained[0], "--train_tokenizer", False, "--num_recurrences", 2]
     folder, code, _ = train("further", *options)

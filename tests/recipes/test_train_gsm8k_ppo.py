@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixturekit.trainers.checkpoints import checkpoints_of
+from mixturekit.trainers.tokenization import train_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (
@@ -103,6 +105,33 @@ def test_a_finished_run_is_replaced_only_if_asked_and_as_a_whole(run, tmp_path):
     assert "already holds a run" in run("--output_dir", tmp_path / "out")
     assert run("--output_dir", tmp_path / "out", "--max_steps", 1, "--overwrite_output_dir") is None
     assert [path.name for path in checkpoints_of(tmp_path / "out")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--algorithm", "grpo"), "needs at least 2 generations"),
+        (("--use_peft", "true", "--lora_dropout", 0.1), "lora_dropout is 0.1: adapters of fused expert weights"),
+        (("--value_head", "nowhere"), "has no value_head.safetensors"),
+        (("--model_name_or_path", "dense", "--router_replay", "r2"), "LlamaForCausalLM is no mixture of experts"),
+    ],
+)
+def test_what_is_refused_leaves_the_run_that_it_would_have_replaced(run, tmp_path, options, message):
+    earlier = [tmp_path / "out" / "checkpoint-1", tmp_path / "out" / "warm_start"]
+    for folder in earlier:
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"of an earlier run")
+    save_dense_policy(tmp_path / "dense")
+    assert message in run("--output_dir", tmp_path / "out", "--overwrite_output_dir", *options)
+    assert all((folder / "model.safetensors").read_bytes() == b"of an earlier run" for folder in earlier)
+
+
+def save_dense_policy(folder):
+    """A model without experts, and a tokenizer beside it."""
+    tokenizer = train_tokenizer(["Question: 1 + 1 Answer: 2"], 300)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.mark.slow

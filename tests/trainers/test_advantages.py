@@ -35,6 +35,18 @@ def test_what_is_masked_is_zero_and_has_no_influence():
         assert torch.equal(one, other) and not one[~MASK].any()
 
 
+def test_tokens_of_tools_between_those_of_the_policy_change_nothing():
+    rewards, values = draw()
+    mask = torch.tensor([[1, 1, 0, 0, 1], [0, 1, 0, 1, 0], [1, 1, 1, 1, 1]]).bool()
+    results = generalized_advantages(rewards, values, mask, 0.9, 0.8)
+    for row, chosen in enumerate(mask):
+        alone = rewards[row : row + 1, chosen], values[row : row + 1, chosen]
+        expected = generalized_advantages(*alone, torch.ones_like(alone[0]).bool(), 0.9, 0.8)
+        for result, one in zip(results, expected, strict=True):
+            torch.testing.assert_close(result[row, chosen], one[0])
+            assert not result[row, ~chosen].any()
+
+
 def test_with_lambda_1_the_return_does_not_depend_on_the_critic():
     rewards, values = draw()
     _, returns = generalized_advantages(rewards, values, MASK, 1.0, 1.0)

@@ -1,5 +1,6 @@
 """Checkpoints of any `Trainer` here: whole or not there, checked before they are loaded, made when a signal comes."""
 
+import copy
 import errno
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -121,6 +123,24 @@ def test_damaged_checkpoint_is_named_and_the_one_before_resumed(run, damage):
     assert check_checkpoint(newest) is None and losses(again) == losses(whole)
 
 
+def test_no_later_checkpoint_is_taken_for_a_damaged_one(run):
+    folder = run.args.output_dir
+    damaged = checkpoints_of(folder)[2]
+    assert damaged.name == "checkpoint-4"
+    DAMAGES["missing"](damaged)
+    again = make_trainer(folder, max_steps=10, save_strategy="no")
+    begun = []
+    again.add_callback(At(3, lambda: begun.append("after checkpoint-2")))
+    with pytest.warns(UserWarning, match="checkpoint-4 lacks scheduler.pt; it is skipped"):
+        again.train(resume_from_checkpoint=str(damaged))
+    assert begun == ["after checkpoint-2"]
+
+
+def test_nothing_to_resume_is_not_a_reason_to_begin_anew(tmp_path):
+    with pytest.raises(ValueError, match="has no checkpoint to resume from"):
+        make_trainer(tmp_path / "new").train(resume_from_checkpoint=True)
+
+
 def test_checkpoint_of_another_model_is_not_resumed(run, tmp_path):
     other = make_trainer(tmp_path / "other", width=2, max_steps=12, save_steps=12)
     other.train()
@@ -129,8 +149,21 @@ def test_checkpoint_of_another_model_is_not_resumed(run, tmp_path):
     with pytest.warns(UserWarning, match="checkpoint-12 is of a model with other parameters; it is skipped"):
         again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-12"))
     assert again.state.global_step == 10
-    with pytest.raises(ValueError, match="checkpoint-12 is of a model with other parameters, and there is no other"):
+    with pytest.raises(
+        ValueError, match="checkpoint-12 is of a model with other parameters, and there is no earlier one"
+    ):
         make_trainer(tmp_path / "third", width=3).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-12"))
+
+
+def test_token_of_the_hub_serves_in_the_process_and_is_in_no_file(tmp_path):
+    trainer = make_trainer(tmp_path, hub_token="hf_secret")
+    trainer.train()
+    trainer.save_model()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"training_args.bin"} <= {path.name for path in files}
+    assert not any(b"hf_secret" in path.read_bytes() for path in files)
+    assert copy.deepcopy(trainer.args).hub_token == trainer.args.hub_token == "hf_secret"
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).hub_token is None
 
 
 def test_planted_pickle_is_not_run(run, tmp_path):
@@ -187,6 +220,27 @@ def test_save_total_limit_keeps_the_best_and_the_newest(tmp_path):
     assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-8", "checkpoint-2"]
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2") == trainer.state.best_model_checkpoint
+
+
+def test_a_run_that_a_signal_ends_keeps_the_checkpoint_that_it_names_beside_the_best(tmp_path, capsys):
+    options = {
+        "save_total_limit": 1, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2,
+        "metric_for_best_model": "loss", "greater_is_better": True, "learning_rate": 0.05,
+    }  # fmt: skip
+    stop = At(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = make_trainer(tmp_path / "run", callbacks=[stop], **options)
+    with pytest.raises(SystemExit):
+        stopped.train()
+    # The loss falls, and the largest is the best here.
+    assert [path.name for path in checkpoints_of(tmp_path / "run")] == ["checkpoint-5", "checkpoint-2"]
+    assert f"stopped at {tmp_path / 'run' / 'checkpoint-5'};" in capsys.readouterr().err
+    saved = load_file(tmp_path / "run" / "checkpoint-5" / "model.safetensors")
+    assert torch.equal(stopped.model.linear.weight, saved["linear.weight"])
+    resumed, whole = make_trainer(tmp_path / "run", **options), make_trainer(tmp_path / "whole", **options)
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert losses(resumed) == losses(whole)
+    assert torch.equal(resumed.model.linear.weight, whole.model.linear.weight)
 
 
 def test_rotation_removes_what_a_resumed_run_has_left_behind_and_then_the_oldest(tmp_path):

@@ -297,6 +297,14 @@ def test_a_model_in_4_bits_is_evaluated_too(arguments, tmp_path):
     ]
 
 
+def test_adapters_of_experts_are_not_lost_to_4_bits(arguments, tmp_path):
+    model, _ = load_evaluated_model(arguments)
+    get_peft_model(model, expert_lora_config(model)).save_pretrained(tmp_path / "adapter")
+    adapted = replace(arguments, model_name_or_path=str(tmp_path / "adapter"), load_in_4bit=True)
+    with pytest.raises(ValueError, match="experts in 4 bits would lose the adapters that .*adapter has for them"):
+        load_evaluated_model(adapted)
+
+
 def test_shots_come_from_elsewhere_than_the_problems(arguments, tmp_path):
     with pytest.raises(ValueError, match="problems.jsonl has no split train, so give --shots_name"):
         load_problems(replace(arguments, num_shots=2))

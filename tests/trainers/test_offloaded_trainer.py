@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from mixturekit.modeling import ExpertStoreConfig, initialize_offloaded, offload_experts
@@ -126,6 +127,40 @@ def test_best_model_has_its_own_experts(build):
     losses = logged(trainer, "eval_loss")
     assert losses[-1] < max(losses)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-5)
+
+
+def test_without_a_store_experts_that_are_saved_one_by_one_come_back_fused(build, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    # The worst in truth, which is not the last.
+    options |= {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
+    train = lambda folder, **more: OffloadedTrainer(  # noqa: E731
+        copy.deepcopy(build.model), arguments(tmp_path / folder, **options | more), train_dataset=ROWS,
+        eval_dataset=ROWS,
+    )  # fmt: skip
+    straight = train("run")
+    straight.train()
+    assert straight.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert straight.evaluate()["eval_loss"] == pytest.approx(max(logged(straight, "eval_loss")), rel=1e-5)
+    last, resumed = (train(name, load_best_model_at_end=False) for name in ("last", "resumed"))
+    last.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    for name, value in last.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_a_checkpoint_without_some_weights_is_no_checkpoint(build, tmp_path):
+    OffloadedTrainer(
+        copy.deepcopy(build.model),
+        arguments(tmp_path / "run", save_strategy="steps", save_steps=6),
+        train_dataset=ROWS,
+    ).train()
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    weights = load_file(checkpoint / "model.safetensors")
+    weights = {name: value for name, value in weights.items() if "layers.1" not in name}
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    trainer = OffloadedTrainer(copy.deepcopy(build.model), arguments(tmp_path / "other"), train_dataset=ROWS)
+    with pytest.raises(ValueError, match=r"checkpoint-6 lacks \d+ weights of this model, such as model.layers.1."):
+        trainer._load_from_checkpoint(str(checkpoint))
 
 
 def test_experts_decay_by_the_rule_for_those_in_memory(build):

@@ -23,6 +23,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from mixturekit.modeling import MoreConfig, MoreForCausalLM
+from mixturekit.trainers.durable_grpo_trainer import DurableGRPOTrainer
 from mixturekit.trainers.expert_adapters import load_causal_lm
 from mixturekit.trainers.ppo_config import PPOConfig
 from mixturekit.trainers.ppo_trainer import SILENT_ROLLOUTS, PPOTrainer, _without_value_head
@@ -305,20 +306,48 @@ def test_the_critic_comes_to_explain_returns(make_trainer):
     assert explained[-1] > 0.5 > explained[0]
 
 
+@pytest.mark.parametrize("level", ["token", "prompt", "sequence"])
+def test_tokens_of_tools_get_nothing_and_keep_nothing_from_others(make_trainer, level):
+    trainer = make_trainer(critic_level=level, lam=1.0, normalize_advantages=False, reward=adds_up)
+    torch.nn.init.normal_(trainer._policy.value_head.output.weight)
+    batch = rollout(trainer)
+    values = batch["state_values"]
+    batch["completion_mask"] = torch.ones_like(batch["completion_mask"])
+    batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+    batch["tool_mask"][:, 1] = batch["tool_mask"][:, 3] = 0
+    result = trainer._advantages(batch, "train")
+    chosen, score = batch["tool_mask"].bool(), trainer._rewards[:, None]
+    assert chosen.shape[1] == 4 and score.unique().numel() > 1
+    value = {"token": values[:, [0, 2]], "prompt": values[:, [0]], "sequence": values[:, [3]]}[level]
+    assert not result["advantages"][:, [1, 3]].any()
+    torch.testing.assert_close(result["advantages"][:, [0, 2]], (score - value).expand(-1, 2))
+
+
 def weights(trainer):
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
+PPO = {"kl_target": 0.1, "router_replay": "r2"}
+
+
 @pytest.mark.parametrize("stopped_at", [2, 3], ids=["between rollouts", "within a rollout"])
-def test_a_resumed_run_is_the_run_that_was_never_stopped(make_trainer, stopped_at):
+@pytest.mark.parametrize(
+    ("trainer_class", "options"),
+    [(PPOTrainer, PPO), (PPOTrainer, PPO | {"peft": False}), (DurableGRPOTrainer, {"peft": False})],
+    ids=["PPO, adapters", "PPO, all weights", "GRPO, all weights"],
+)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(make_trainer, trainer_class, options, stopped_at):
     options = {
+        **options,
+        "trainer_class": trainer_class,
+        "reward": adds_up,
+        "num_generations": 4,
         "num_iterations": 2,
         "max_steps": 6,
         "save_strategy": "steps",
         "save_steps": 1,
         "save_only_model": False,
     }
-    options |= {"kl_target": 0.1, "router_replay": "r2"}
     whole = make_trainer(**options)
     whole.train()
     resumed = make_trainer(**options)
@@ -400,6 +429,12 @@ def test_adapters_of_a_policy_in_4_bits_learn_in_full_precision(make_trainer, tm
     assert any(not torch.equal(trainer.model.get_parameter(name), value) for name, value in learned.items())
 
 
+def test_a_horizon_below_a_rollout_changes_beta_by_a_fifth_at_most(make_trainer):
+    trainer = make_trainer(kl_target=100.0, kl_horizon=1, max_steps=3, beta=0.5)
+    trainer.train()
+    assert logged(trainer, "beta") == pytest.approx([0.5 * 0.8, 0.5 * 0.8**2, 0.5 * 0.8**3])
+
+
 def test_evaluation_reports_rewards_and_leaves_no_trace(make_trainer):
     trainer = make_trainer(max_steps=1)
     trainer.train()
@@ -427,6 +462,10 @@ def test_bad_input_is_refused_in_one_sentence(make_trainer, tmp_path):
         make_trainer(critic_features="ref", beta=0.0)
     with pytest.raises(ValueError, match="must be divisible by num_generations"):
         make_trainer(num_generations=3)
+    with pytest.raises(ValueError, match="num_generations is 0: it must be at least 1"):
+        make_trainer(num_generations=0)
+    with pytest.raises(ValueError, match="sync_ref_model is not for PPO"):
+        make_trainer(sync_ref_model=True)
     with pytest.warns(UserWarning, match="critic_level is 'sequence'"):
         PPOConfig(str(tmp_path), critic_level="sequence", use_cpu=True, bf16=False)
 
@@ -441,6 +480,7 @@ def test_trl_has_what_this_builds_on():
         "create_optimizer": ["model"],
         "_save": ["output_dir", "state_dict"],
         "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+        "_load_best_model": [],
         "_save_rng_state": ["output_dir"],
         "_load_rng_state": ["checkpoint"],
     }
