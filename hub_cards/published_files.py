@@ -24,8 +24,9 @@ PUBLISHED = (
 _SIBLING = re.compile(r"^\s*from \.(\w+) import", re.MULTILINE)
 _OWN_PACKAGE = re.compile(r"^\s*(?:from|import) mixturekit\b", re.MULTILINE)
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
-# Not any token: a tokenizer has its `pad_token` and others.
-_SECRET = re.compile(r"(?:^|hub_|hf_|api_|auth_|access_)token$|password|secret|api_key", re.IGNORECASE)
+_SECRET = re.compile(r"token$|password|secret|api_key", re.IGNORECASE)
+# Of a tokenizer, which may write them as it likes.
+_WORD = re.compile(r"(?:bos|eos|pad|unk|sep|cls|mask)_token")
 _OPTIMIZER = re.compile(r"(?:^|\.)(?:exp_avg|exp_avg_sq|momentum_buffer)$")
 
 
@@ -35,11 +36,15 @@ def shareable(value: object) -> object:
         return {
             name: shareable(item)
             for name, item in value.items()
-            if not (_SECRET.search(name) and isinstance(item, str))
+            if not (isinstance(item, str) and _SECRET.search(name) and not _is_word(name, item))
         }
     if isinstance(value, list | tuple):
         return [shareable(item) for item in value]
     return shareable_text(value) if isinstance(value, str) else value
+
+
+def _is_word(name: str, text: str) -> bool:
+    return bool(_WORD.fullmatch(name)) or text.startswith("<")
 
 
 def shareable_text(text: str) -> str:

@@ -1,5 +1,6 @@
 """The experts of an agent that learns, in memory or in a store: updates, checkpoints, and prefetches."""
 
+import os
 import shutil
 import time
 from collections import Counter
@@ -305,13 +306,15 @@ def check_room(arguments: AgentArguments, model_config: TieredMoeConfig, config:
     """
     Raises `OSError` if a disk has no room for the experts with their optimizer's state.
 
-    The store has them twice, and each checkpoint once where all have changed; while one is written, there is one more.
+    The stores of this machine's processes have them twice each, and each checkpoint once where all have changed; while
+    one is written, there is one more.
     """
     size = 2 * model_config.num_layers * model_config.num_experts * model_config.expert_dim
     # Weights and two moments, each of four bytes.
     once = 3 * 4 * size * model_config.expert_hidden_dim
-    store, output = store_folder(arguments, config).absolute(), Path(config.output_dir).absolute()
-    places = [(store, 2 * once, store.glob("*.records"))]
+    stores, output = Path(arguments.nvme_path).absolute(), Path(config.output_dir).absolute()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    places = [(stores, processes * 2 * once, stores.glob("rank_*/*.records"))]
     if config.process_index == 0:
         copies = max(1, config.save_total_limit) + 1
         places.append((output, copies * once, output.glob(f"checkpoint-*/{EXPERTS}/*/*.record")))
@@ -323,7 +326,7 @@ def check_room(arguments: AgentArguments, model_config: TieredMoeConfig, config:
         needed[disk] += wanted - _held(present)
         if needed[disk] > free[disk]:
             raise OSError(
-                f"The expert store and its checkpoints need {needed[disk] / 2**30:.1f} GiB more in {folder.parent}, "
+                f"The expert store and its checkpoints need {needed[disk] / 2**30:.1f} GiB more in {folder}, "
                 f"where {free[disk] / 2**30:.1f} GiB are free: choose another --nvme_path or --output_dir, a smaller "
                 "--save_total_limit, fewer --num_experts, or a smaller --expert_hidden_dim."
             )

@@ -13,6 +13,7 @@ from .checkpoints import check_checkpoint, checkpoints_of, newest_checkpoint, re
 from .language_modeling_config import DataArguments, LanguageModelingConfig, ModelArguments
 from .language_modeling_trainer import LanguageModelingTrainer
 from .offload_arguments import OffloadArguments
+from .offloaded_trainer import check_store_arguments
 from .process_checks import check_processes
 from .task_data import GENERATED, mix_examples, parse_task_weights
 from .text_data import load_train_and_validation
@@ -231,10 +232,8 @@ def train_language_model(
     offloaded = not check_zero_offload(config, offload.nvme_path if offloaded else None) and offloaded
     checkpoint = check_output_dir(config)
     check_sequence_length(data_arguments.sequence_length, load_config(model_arguments))
-    if offloaded and config.world_size > 1:
-        raise ValueError(
-            f"--nvme_path is for one process, not for {config.world_size}: a store has one user at a time."
-        )
+    if offloaded:
+        check_store_arguments(config)
     if offloaded and not checkpoint:
         offload.clear_folder(config.overwrite_output_dir)
     # The other processes then find the tokens in the cache.

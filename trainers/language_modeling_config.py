@@ -1,11 +1,11 @@
 """What a language-modelling run is configured by: the model, the data and the training."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
 from .recipe_parser import RepeatableOption
-from .task_data import DEFAULT_TASKS, TaskArguments
+from .task_data import DEFAULT_TASKS, KEPT_ARGUMENTS, TaskArguments
 
 
 @dataclass
@@ -99,9 +99,8 @@ class DataArguments(TaskArguments):
     num_validation_examples: int = field(default=300, metadata={"help": "Held-out examples of all generated tasks."})
 
     def for_evaluation(self) -> dict:
-        """How tasks were made and written, and text cut and held out; where it all lay is nobody else's business."""
-        names = {field.name for field in fields(TaskArguments)} - {"babi_data", "babi_config"}
-        return {name: getattr(self, name) for name in (*sorted(names), "sequence_length", "validation_fraction")}
+        """How tasks were made and written, and text cut and held out."""
+        return {name: getattr(self, name) for name in KEPT_ARGUMENTS}
 
 
 @dataclass

@@ -112,7 +112,7 @@ class PPOConfig(GRPOConfig):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(known)}.")
         if self.sync_ref_model:
-            raise ValueError("sync_ref_model is not for PPO, whose reference has no critic to be synchronised.")
+            raise ValueError("sync_ref_model is not supported: no checkpoint has the reference that it changes.")
         if self.critic_features == "ref" and self.beta == 0:
             raise ValueError("critic_features is 'ref', but with beta 0 there is no reference; set beta or 'policy'.")
         if self.critic_features == "ref" and self.value_backbone_gradient:

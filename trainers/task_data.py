@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import datasets
@@ -58,19 +58,35 @@ class TaskArguments:
     spaced_digits: bool = field(default=False, metadata={"help": "Whether there is a space between digits."})
 
 
+# What is left beside a model for its evaluation; where its data lay is nobody else's business.
+KEPT_ARGUMENTS = (
+    *sorted({field.name for field in fields(TaskArguments)} - {"babi_data", "babi_config"}),
+    "sequence_length",
+    "validation_fraction",
+)
+
+
 def save_task_arguments(values: Mapping, folder: str | Path) -> None:
     """Leaves beside a checkpoint what its evaluation has to know, by [`DataArguments.for_evaluation`]."""
     Path(folder, TASK_FILE).write_text(json.dumps(dict(values), indent=2) + "\n", encoding="utf-8")
 
 
 def saved_task_arguments(name_or_path: str | Path) -> dict:
-    """What [`save_task_arguments`] left beside a model, in a folder or on the Hub; nothing for any other model."""
+    """
+    What [`save_task_arguments`] left beside a model, in a folder or on the Hub; nothing for any other model.
+
+    Of what else a stranger's file may say, such as other options of an evaluation, nothing is returned.
+    """
     source = str(local_path(str(name_or_path)) or name_or_path)
     try:
         path = cached_file(source, TASK_FILE, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
         raise FileNotFoundError(f"{source} cannot be read: {str(error).splitlines()[0]}") from error
-    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    if path is None:
+        return {}
+    saved = json.loads(Path(path).read_text(encoding="utf-8"))
+    known = {name: saved[name] for name in KEPT_ARGUMENTS if name in saved} if isinstance(saved, dict) else {}
+    return {name: value for name, value in known.items() if isinstance(value, int | float)}
 
 
 @dataclass(frozen=True)
@@ -259,10 +275,10 @@ def mix_examples(
 def _stored_questions(task: str, arguments: TaskArguments, split: str) -> list[BabiQuestion]:
     """The questions of `split` from files or the Hub; held out of the training questions if there is no such split."""
     path = Path(arguments.babi_data).expanduser()
-    name = path.name if path.is_file() else arguments.babi_config or ""
+    name = path.name if path.is_file() else "" if path.exists() else arguments.babi_config or ""
     named = re.search(r"(?<![a-zA-Z])qa(\d+)", name)
-    if named and f"babi{named[1]}" != task:
-        raise ValueError(f"{name} has the stories of babi{named[1]}, not of {task}.")
+    if named and f"babi{int(named[1])}" != task:
+        raise ValueError(f"{name} has the stories of babi{int(named[1])}, not of {task}.")
     if path.exists():
         splits = _babi_files(path, task)
         read = read_babi

@@ -53,6 +53,7 @@ def test_secrets_and_paths_do_not_leave(run, tmp_path):
         ("/", "/"),
         ({"hub_token": "hf_x", "steps": 3}, {"steps": 3}),
         ({"token": "x", "push_to_hub_token": "x", "api_key": "x", "use_auth_token": True}, {"use_auth_token": True}),
+        ({"wandb_token": "x", "hubToken": "x", "Bearer_token": "x", "mode": "x"}, {"mode": "x"}),
         ({"eos_token": "<|end|>", "pad_token": "[PAD]"}, {"eos_token": "<|end|>", "pad_token": "[PAD]"}),
         ([{"path": "/a/b"}, 1.5, None, True], [{"path": "b"}, 1.5, None, True]),
     ],

@@ -146,10 +146,12 @@ def test_other_mixtures_train_further(trained, run, tmp_path, family):
         (("--save_only_model", True, "--load_best_model_at_end", True), "set save_only_model=False"),
     ],
 )
-def test_what_a_store_cannot_do_is_refused_before_experts_are_copied(trained, run, tmp_path, options, message):
+def test_what_a_store_cannot_do_is_refused_before_it_is_filled(train, trained, run, tmp_path, options, message):
     places = ["--model_name_or_path", trained[0], "--nvme_path", tmp_path / "experts", "--output_dir", tmp_path]
     refused, _ = run("train_offloaded.py", *places, "--use_cpu", True, "--bf16", False, *options)
     assert message in refused and not (tmp_path / "experts").exists()
+    folder, refused, _ = train("refused", *options)
+    assert message in refused and not folder.with_name("refused_experts").exists()
 
 
 def test_more_goes_on_from_a_checkpoint_with_its_experts_on_disk(train, trained, run):

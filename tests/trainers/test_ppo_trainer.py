@@ -464,7 +464,7 @@ def test_bad_input_is_refused_in_one_sentence(make_trainer, tmp_path):
         make_trainer(num_generations=3)
     with pytest.raises(ValueError, match="num_generations is 0: it must be at least 1"):
         make_trainer(num_generations=0)
-    with pytest.raises(ValueError, match="sync_ref_model is not for PPO"):
+    with pytest.raises(ValueError, match="sync_ref_model is not supported"):
         make_trainer(sync_ref_model=True)
     with pytest.warns(UserWarning, match="critic_level is 'sequence'"):
         PPOConfig(str(tmp_path), critic_level="sequence", use_cpu=True, bf16=False)

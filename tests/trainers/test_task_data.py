@@ -293,5 +293,9 @@ def test_what_is_left_beside_a_checkpoint_says_how_to_ask_and_names_no_path(tmp_
     assert saved == kept | cut
     (tmp_path / "elsewhere").mkdir()
     assert saved_task_arguments(tmp_path / "elsewhere") == {}
+    # A stranger's file, which must not choose what an evaluation runs, reads or writes.
+    hostile = {"trust_remote_code": True, "output_dir": "/", "babi_data": "/", "max_facts": 5, "max_digits": [1]}
+    (tmp_path / "elsewhere/task_arguments.json").write_text(json.dumps(hostile))
+    assert saved_task_arguments(tmp_path / "elsewhere") == {"max_facts": 5}
     with pytest.raises(FileNotFoundError, match="No file or folder '.*/nowhere'"):
         saved_task_arguments(tmp_path / "nowhere")
