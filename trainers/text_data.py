@@ -1,5 +1,6 @@
 """Text data sets from the Hub or local files, as one document per row, and what is held out of them."""
 
+import codecs
 import hashlib
 import itertools
 import re
@@ -133,9 +134,12 @@ def local_path(name: str) -> Path | None:
 
 def check_json(path: str | Path) -> None:
     """Raises `ValueError` for a file of JSON that Arrow's reader would take, and later fail on, or end the process."""
-    depth = 0
+    depth = rows = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            if number == 1 and line.removeprefix(codecs.BOM_UTF8).startswith(b"["):
+                # The rows are what is in that list.
+                rows = 1
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -144,7 +148,7 @@ def check_json(path: str | Path) -> None:
                 depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match[0], 0)
                 if depth > _MOST_BRACKETS:
                     raise ValueError(f"line {number} has more than {_MOST_BRACKETS} brackets that are open")
-                if depth <= 0 and match[0] == b"null":
+                if depth <= rows and match[0] == b"null":
                     raise ValueError(f"line {number} has null where an object is expected")
 
 

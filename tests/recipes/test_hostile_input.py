@@ -1,5 +1,6 @@
 """Whatever is in a file or in an option, a reader takes it or says in one sentence what is wrong with it."""
 
+import codecs
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mixturekit.hub_cards import render_model_card
@@ -106,6 +107,9 @@ def test_babi_files(tmp_path, content):
 
 @fuzz_slow_reader
 @given(damaged(PROBLEM) | replaced(json.loads(PROBLEM)).map(lambda row: json.dumps(row).encode()))
+@example(b"null\n")
+@example(b'[null, null, {"a": null}]')
+@example(codecs.BOM_UTF8 + b'[null, {"a": null}]')
 def test_gsm8k_files(tmp_path, content):
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory(dir=tmp_path) as folder:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(folder, "cache"))
