@@ -399,10 +399,13 @@ class ExpertTiers:
             writing.pending.result()
         except BaseException:
             # What is in a tier may have been written from there, where another record comes next: it is still to be
-            # written. What is nowhere else stays where it is, and whoever needs it next meets the error again.
+            # written. What is nowhere else stays where it is and is written again at once, as the disk may be well by
+            # the time that somebody waits for it next.
             if key in pool.fast.rows or key in pool.ram.rows:
                 self._dirty.setdefault(key, writing.info)
                 self._forget_write(key)
+            else:
+                writing.pending = self.files.write(key, writing.memory, writing.info)
             raise
         self._forget_write(key)
 

@@ -17,9 +17,11 @@ SHAPES = {"weight": (32, 32)}
 
 
 @pytest.fixture
-def store(tmp_path):
-    """Of its experts, each filled with its number, memory holds two."""
-    config = ExpertStoreConfig(str(tmp_path), fast_capacity=2, ram_capacity=0)
+def store(request, tmp_path):
+    """Of its experts, each filled with its number, memory holds two; a test may ask for other options."""
+    config = ExpertStoreConfig(
+        str(tmp_path), **{"fast_capacity": 2, "ram_capacity": 0, **getattr(request, "param", {})}
+    )
     with ExpertStore(config, SHAPES, 1, EXPERTS) as store:
         for expert in range(EXPERTS):
             store.write_weights(0, expert, filled_with(expert))
@@ -117,6 +119,28 @@ def test_expert_that_is_nowhere_but_on_its_way_to_a_broken_disk_is_not_lost(stor
     with pytest.raises(OSError, match="broken"):
         store.checkpoint()
     assert values(store, [2]) == [12]
+
+
+def test_write_that_failed_once_is_told_once_and_kept_by_the_next_checkpoint(store, monkeypatch):
+    disturb(monkeypatch, "pwritev", break_down)
+    store.write_weights(0, 2, filled_with(12))
+    with pytest.raises(OSError, match="broken"):
+        store.checkpoint()
+    store.checkpoint()
+    store.close()
+    with ExpertStore(store.config, SHAPES, 1, EXPERTS) as again:
+        assert values(again) == [0, 1, 12, 3]
+
+
+@pytest.mark.parametrize("store", [{"staging_records": 1}], indirect=True)
+def test_failed_write_makes_way_for_the_next_one(store, monkeypatch):
+    change(store, [0, 1])
+    disturb(monkeypatch, "pwritev", break_down)
+    assert values(store, [2]) == [2]
+    # One of the changed experts is on its way to the disk, and the other one can leave only after it.
+    with pytest.raises(OSError, match="broken"):
+        values(store, [3, 0, 1])
+    assert values(store, [3, 0, 1, 2]) == [3, 10, 11, 2]
 
 
 def test_experts_of_a_hold_that_nobody_waited_for_can_be_held_again(store, monkeypatch):
