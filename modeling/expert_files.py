@@ -211,10 +211,14 @@ class ExpertFiles:
             self.engine.write(*self._location(key, place), [as_memory(record)]).result()
             self.bytes_written += len(record)
             infos[key], places[key] = info, place
-        self.infos.update(infos)
-        self._places.update(places)
-        self._snapshot = path
-        self.commit(manifest["metadata"])
+        try:
+            self.infos.update(infos)
+            self._places.update(places)
+            self._snapshot = path
+            self.commit(manifest["metadata"])
+        except BaseException:
+            self._load()
+            raise
 
     def close(self) -> None:
         """Finishes what is under way, and frees the folder."""

@@ -304,7 +304,7 @@ class ExpertStore(ExpertTiers):
     def restore(self, path: str | Path) -> None:
         """
         Takes the experts from a copy of a checkpoint, instead of those of the folder. If that fails, they are those of
-        the last checkpoint.
+        the last checkpoint; they stay as they are if some are in use, or if a write that was under way has failed.
         """
         self.wait_for_copy()
         with self._lock:

@@ -190,3 +190,25 @@ def test_expert_may_be_waited_for_by_anyone(store, monkeypatch):
     first, second = store.hold(0, [2]), store.hold(0, [3, 2])
     assert result_of(lambda: store.read_weights(0, 2))["weight"][0, 0] == 2
     assert result_of(second.wait)[1:] == first.wait()
+
+
+def test_restore_that_cannot_be_committed_leaves_the_last_checkpoint(store, monkeypatch, tmp_path):
+    store.checkpoint(tmp_path / "copy").result()
+    store.write_weights(0, 2, filled_with(12))
+    store.checkpoint(metadata={"step": 1})
+    with monkeypatch.context() as patch:
+        disturb(patch, "fdatasync", break_down)
+        with pytest.raises(OSError, match="broken"):
+            store.restore(tmp_path / "copy")
+    assert store.metadata == {"step": 1}
+    assert values(store) == [0, 1, 12, 3]
+
+
+def test_restore_changes_nothing_if_a_write_under_way_has_failed(store, monkeypatch, tmp_path):
+    store.checkpoint(tmp_path / "copy").result()
+    change(store, [0, 1])
+    disturb(monkeypatch, "pwritev", break_down)
+    store.write_weights(0, 2, filled_with(12))
+    with pytest.raises(OSError, match="broken"):
+        store.restore(tmp_path / "copy")
+    assert values(store) == [10, 11, 12, 3]
