@@ -258,7 +258,12 @@ class ExpertStore(ExpertTiers):
             if key in pool.fast.rows or key in pool.ram.rows:
                 self._find(key).copy_(memory)
             else:
-                self._write_back(key, memory)
+                try:
+                    self._write_back(key, memory)
+                except BaseException:
+                    # It is as it was, and what is in no tier is on the disk or on its way there.
+                    self._dirty.pop(key, None)
+                    raise
 
     def checkpoint(self, path: str | Path | None = None, metadata: dict[str, Any] | None = None) -> Future | None:
         """

@@ -212,3 +212,20 @@ def test_restore_changes_nothing_if_a_write_under_way_has_failed(store, monkeypa
     with pytest.raises(OSError, match="broken"):
         store.restore(tmp_path / "copy")
     assert values(store) == [10, 11, 12, 3]
+
+
+@pytest.mark.parametrize("store", [{"staging_records": 1}], indirect=True)
+def test_expert_whose_new_weights_were_not_taken_stays_as_it_was(store, monkeypatch):
+    """Its weights, and the count of its updates, by which its optimizer goes on."""
+    with store.held(0, [1]):
+        store.mark_updated(0, 1, step=3)
+    assert values(store, [2, 3]) == [2, 3]
+    store.checkpoint()
+    before = store.info(0, 1)
+    disturb(monkeypatch, "pwritev", break_down)
+    store.write_weights(0, 0, filled_with(10))
+    # There is no room for it before the other one is written.
+    with pytest.raises(OSError, match="broken"):
+        store.write_weights(0, 1, filled_with(11))
+    assert store.info(0, 1) == before
+    assert values(store, [0, 1]) == [10, 1]
