@@ -333,9 +333,13 @@ class ExpertTiers:
         elif key in self._writing:
             memory.copy_(self._writing[key].memory)
         else:
-            if self.device.type != "cpu":
-                target = aligned_buffer(1, self.layout.memory_bytes, pinned=True)[0]
-            self._readings[key] = Reading(memory, target, self.files.read(key, target, priority))
+            try:
+                if self.device.type != "cpu":
+                    target = aligned_buffer(1, self.layout.memory_bytes, pinned=True)[0]
+                self._readings[key] = Reading(memory, target, self.files.read(key, target, priority))
+            except BaseException:
+                pool.fast.free.append(slot)
+                raise
             self._loading.add(key)
         pool.fast.add(key, slot)
 

@@ -229,3 +229,15 @@ def test_expert_whose_new_weights_were_not_taken_stays_as_it_was(store, monkeypa
         store.write_weights(0, 1, filled_with(11))
     assert store.info(0, 1) == before
     assert values(store, [0, 1]) == [10, 1]
+
+
+def test_read_that_cannot_be_asked_for_costs_no_slot(store, monkeypatch):
+    def run_out_of_memory(*_):
+        raise MemoryError("pinned")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.files, "read", run_out_of_memory)
+        with pytest.raises(MemoryError):
+            store.hold(0, [0])
+    with store.held(0, [2, 3]) as slots:
+        assert store.weights(0)["weight"][slots, 0, 0].tolist() == [2, 3]
