@@ -218,10 +218,12 @@ class ExpertTiers:
             self._count(self._pool(layer), keys, counted)
             # The slot of what the prefetcher is bringing can be taken only once the disk has filled it.
             self._waiting += 1
-            while self._prefetching is not None and len(keys) > self._room(keys, self._pool(layer).fast):
-                self._lock.wait()
-            self._waiting -= 1
-            self._lock.notify_all()
+            try:
+                while self._prefetching is not None and len(keys) > self._room(keys, self._pool(layer).fast):
+                    self._lock.wait()
+            finally:
+                self._waiting -= 1
+                self._lock.notify_all()
             return self._hold(keys, DEMAND)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:

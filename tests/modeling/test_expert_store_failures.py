@@ -241,3 +241,23 @@ def test_read_that_cannot_be_asked_for_costs_no_slot(store, monkeypatch):
             store.hold(0, [0])
     with store.held(0, [2, 3]) as slots:
         assert store.weights(0)["weight"][slots, 0, 0].tolist() == [2, 3]
+
+
+def test_prefetching_goes_on_after_an_interruption(store, monkeypatch):
+    started = threading.Event()
+
+    def interrupt_who_waits():
+        started.set()
+        dawdle()
+        interrupt()
+
+    disturb(monkeypatch, "preadv", interrupt_who_waits)
+    store.prefetch(0, [2])
+    started.wait()
+    with pytest.raises(KeyboardInterrupt):
+        store.hold(0, [0, 1])
+    store.prefetch(0, [3])
+    ends = time.monotonic() + 20
+    while 3 not in store.resident(0):
+        assert time.monotonic() < ends
+        time.sleep(0.01)
