@@ -151,6 +151,8 @@ class PreadEngine:
                 future.set_exception(error)
             else:
                 future.set_result(None)
+            # Until the next job they would keep an error, and what its traceback keeps.
+            del job, future
 
     def _transfer(self, operation, descriptor: int, offset: int, buffers: list[memoryview]) -> None:
         while buffers:

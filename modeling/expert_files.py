@@ -5,6 +5,7 @@ not written before the next one, the other takes what is written in between. Wha
 manifest of the last checkpoint still names records that are whole.
 """
 
+import copy
 import errno
 import fcntl
 import json
@@ -48,7 +49,10 @@ class Pending:
         if interruption is not None:
             raise interruption
         for future in self._futures:
-            future.result()
+            # A copy, because what is raised keeps every frame that it passes through, with all that a model saves for
+            # its backward pass, and the original lives as long as its future.
+            if (error := future.exception()) is not None:
+                raise copy.copy(error) from error
         self._finish()
 
 
@@ -207,10 +211,14 @@ class ExpertFiles:
             self.engine.write(*self._location(key, place), [as_memory(record)]).result()
             self.bytes_written += len(record)
             infos[key], places[key] = info, place
-        self.infos.update(infos)
-        self._places.update(places)
-        self._snapshot = path
-        self.commit(manifest["metadata"])
+        try:
+            self.infos.update(infos)
+            self._places.update(places)
+            self._snapshot = path
+            self.commit(manifest["metadata"])
+        except BaseException:
+            self._load()
+            raise
 
     def close(self) -> None:
         """Finishes what is under way, and frees the folder."""

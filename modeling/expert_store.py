@@ -258,7 +258,12 @@ class ExpertStore(ExpertTiers):
             if key in pool.fast.rows or key in pool.ram.rows:
                 self._find(key).copy_(memory)
             else:
-                self._write_back(key, memory)
+                try:
+                    self._write_back(key, memory)
+                except BaseException:
+                    # It is as it was, and what is in no tier is on the disk or on its way there.
+                    self._dirty.pop(key, None)
+                    raise
 
     def checkpoint(self, path: str | Path | None = None, metadata: dict[str, Any] | None = None) -> Future | None:
         """
@@ -304,7 +309,7 @@ class ExpertStore(ExpertTiers):
     def restore(self, path: str | Path) -> None:
         """
         Takes the experts from a copy of a checkpoint, instead of those of the folder. If that fails, they are those of
-        the last checkpoint.
+        the last checkpoint; they stay as they are if some are in use, or if a write that was under way has failed.
         """
         self.wait_for_copy()
         with self._lock:

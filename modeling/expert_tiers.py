@@ -218,10 +218,12 @@ class ExpertTiers:
             self._count(self._pool(layer), keys, counted)
             # The slot of what the prefetcher is bringing can be taken only once the disk has filled it.
             self._waiting += 1
-            while self._prefetching is not None and len(keys) > self._room(keys, self._pool(layer).fast):
-                self._lock.wait()
-            self._waiting -= 1
-            self._lock.notify_all()
+            try:
+                while self._prefetching is not None and len(keys) > self._room(keys, self._pool(layer).fast):
+                    self._lock.wait()
+            finally:
+                self._waiting -= 1
+                self._lock.notify_all()
             return self._hold(keys, DEMAND)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
@@ -333,9 +335,13 @@ class ExpertTiers:
         elif key in self._writing:
             memory.copy_(self._writing[key].memory)
         else:
-            if self.device.type != "cpu":
-                target = aligned_buffer(1, self.layout.memory_bytes, pinned=True)[0]
-            self._readings[key] = Reading(memory, target, self.files.read(key, target, priority))
+            try:
+                if self.device.type != "cpu":
+                    target = aligned_buffer(1, self.layout.memory_bytes, pinned=True)[0]
+                self._readings[key] = Reading(memory, target, self.files.read(key, target, priority))
+            except BaseException:
+                pool.fast.free.append(slot)
+                raise
             self._loading.add(key)
         pool.fast.add(key, slot)
 
@@ -399,10 +405,13 @@ class ExpertTiers:
             writing.pending.result()
         except BaseException:
             # What is in a tier may have been written from there, where another record comes next: it is still to be
-            # written. What is nowhere else stays where it is, and whoever needs it next meets the error again.
+            # written. What is nowhere else stays where it is and is written again at once, as the disk may be well by
+            # the time that somebody waits for it next.
             if key in pool.fast.rows or key in pool.ram.rows:
                 self._dirty.setdefault(key, writing.info)
                 self._forget_write(key)
+            else:
+                writing.pending = self.files.write(key, writing.memory, writing.info)
             raise
         self._forget_write(key)
 

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_more import MoreConfig
@@ -234,7 +235,13 @@ class MoreModel(MorePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         packed_ids = None
-        if position_ids is not None and attention_mask is None and past_key_values is None:
+        # While a graph is traced nobody knows whether there are several documents: who wants a cache then gets one.
+        if (
+            position_ids is not None
+            and attention_mask is None
+            and past_key_values is None
+            and not (use_cache and is_tracing(position_ids))
+        ):
             packed_ids = find_packed_sequence_indices(position_ids)
         # With a cache, transformers' masks take all tokens of a row for one document.
         if use_cache and past_key_values is None and packed_ids is None:

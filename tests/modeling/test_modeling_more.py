@@ -268,6 +268,18 @@ def test_compiling_in_one_graph(build_more, build_tokens):
     assert_compiled_equals_uncompiled(model, build_tokens(2, 16), backend="aot_eager", fullgraph=True)
 
 
+@torch.no_grad()
+def test_compiled_model_gives_a_cache_whether_or_not_positions_are_told(build_more, build_tokens):
+    """Only an uncompiled one sees that positions start again, as in packed documents, which a cache would mix up."""
+    torch._dynamo.reset()
+    model, ids, positions = build_more(expert_type="more_c"), build_tokens(2, 8), torch.arange(8).expand(2, 8)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for arguments in ({}, {"position_ids": positions}):
+        output, expected = compiled(ids, **arguments), model(ids, **arguments)
+        assert output.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length() == 8
+        torch.testing.assert_close(output.logits, expected.logits, atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("expert_type", ["base", "more_b", "more_c", "more_d"])
 def test_compiling_in_one_graph_to_machine_code(build_more, build_tokens, expert_type):
