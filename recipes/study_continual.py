@@ -196,7 +196,7 @@ def print_verdicts(verdicts: dict[str, dict]) -> None:
         table.add_column(title)
     for name, verdict in verdicts.items():
         table.add_row(name, verdict["measured"], "yes" if verdict["held"] else "no")
-    wide_console(200).print(table)
+    wide_console(220).print(table)
 
 
 def draw_retention(found: dict[str, list[dict]], reference: dict[str, float], path: Path) -> None:
@@ -225,7 +225,8 @@ def draw_retention(found: dict[str, list[dict]], reference: dict[str, float], pa
         axis.set_xticks(range(len(games)), games)
         axis.set_yticks(range(len(phases) + 1), ["before", *(phase if len(phase) < 16 else "all" for phase in phases)])
         axis.set_title(arm, fontsize=10)
-    figure.colorbar(image, ax=axes, label="score on each game (columns) after each phase (rows)", shrink=0.5)
+    figure.suptitle("Score on each game (columns) after each phase (rows), mean over seeds", fontsize=11)
+    figure.colorbar(image, ax=axes, shrink=0.5)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -91,7 +91,7 @@ def print_measures(measures: Measures, names: Mapping[str, str]) -> None:
         table.add_column(name.replace("_", " "), justify="right")
     for agent, row in measures.items():
         table.add_row(agent, *(summary(row[name]) for name in names))
-    console = wide_console(200)
+    console = wide_console(220)
     console.print(table)
     for name, meaning in names.items():
         console.print(f"{name.replace('_', ' ')}: {meaning}")
