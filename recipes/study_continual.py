@@ -65,11 +65,16 @@ def main() -> None:
     arguments, options = parser.parse_known_args()
     folder, seeds = Path(arguments.output_dir), range(1, arguments.num_seeds + 1)
     games = arguments.games or configured(arguments.config, "games")
-    runs = {single_run(folder, game, seed): ["--games", game, *CONDITIONED] for game in games for seed in seeds}
+    runs = {}
+    for seed in seeds:
+        for game in games:
+            runs[single_run(folder, game, seed)] = ["--games", game, *CONDITIONED, "--seed", str(seed)]
     for arm in arguments.arms:
-        for run in (run_folder(folder, arm, seed) for seed in seeds):
-            runs[run] = ["--games", *games, *(option.format(run=run) for option in ARMS[arm])]
-    runs = {run: [*chosen, "--seed", run.name.rpartition("_")[2], *options] for run, chosen in runs.items()}
+        for seed in seeds:
+            run = run_folder(folder, arm, seed)
+            own = [option.format(run=run) for option in ARMS[arm]]
+            runs[run] = ["--games", *games, *own, "--seed", str(seed)]
+    runs = {run: [*chosen, *options] for run, chosen in runs.items()}
     train_runs(RECIPES / "train_atari.py", arguments.config, runs, has_finished, arguments.jobs)
     for run in runs:
         # Of a finished run nothing of the store is needed.

@@ -28,6 +28,7 @@ from ..modeling.lazy_adamw import clip_grad_norm_
 from ..modeling.lazy_adamw_in_memory import InMemoryLazyAdamW
 from .checkpoints import EXPERTS
 from .continual_ppo_config import AgentArguments, ContinualPpoConfig
+from .whole_files import nearest_existing
 
 Key = tuple[int, int]
 
@@ -320,7 +321,7 @@ def check_room(arguments: AgentArguments, model_config: TieredMoeConfig, config:
         places.append((output, copies * once, output.glob(f"checkpoint-*/{EXPERTS}/*/*.record")))
     needed, free = Counter(), {}
     for folder, wanted, present in places:
-        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        there = nearest_existing(folder)
         disk = there.stat().st_dev
         free[disk] = shutil.disk_usage(there).free
         needed[disk] += wanted - _held(present)

@@ -30,22 +30,22 @@ class ContinualLog:
         """Writes figures, of which `step` and `update` say when they were."""
         if not self.active:
             return
-        if self._writer is None:
-            self._writer = SummaryWriter(self._folder)
-        for name, value in figures.items():
-            if isinstance(value, int | float) and name not in ("step", "update"):
-                self._writer.add_scalar(name, value, figures["step"])
+        self._show({name: value for name, value in figures.items() if name not in ("step", "update")}, figures["step"])
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
 
     def write_retention(self, results: dict) -> None:
         """Writes to TensorBoard what the `results` of the run say of all games together."""
         names = ("final_score", "average_forgetting", "backward_transfer")
-        known = {name: results.get("metrics", {}).get(name) for name in names}
-        with SummaryWriter(self._folder) as writer:
-            for name, value in known.items():
-                if value is not None:
-                    writer.add_scalar(f"retention/{name}", value, results["steps"])
+        self._show({f"retention/{name}": results.get("metrics", {}).get(name) for name in names}, results["steps"])
+        self.close()
+
+    def _show(self, figures: dict[str, float | str | None], step: int) -> None:
+        if self._writer is None:
+            self._writer = SummaryWriter(self._folder)
+        for name, value in figures.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
 
     def resume(self, updates: int, evaluates: bool) -> None:
         """

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from ..modeling.block_io import BLOCK, PreadEngine, aligned_buffer, as_memory
 from ..modeling.deep_nvme import is_built
+from .whole_files import nearest_existing
 
 
 def folder_problems(folder: Path, gigabytes: float = 0.0) -> Iterator[str]:
     """What is wrong with the disk of `folder`, which need not exist yet, or its free space."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = nearest_existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         yield f"{existing} is no folder that can be written to."
         return

@@ -5,10 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+def nearest_existing(path: str | Path) -> Path:
+    """What is there of a path: itself, or the nearest of the folders that it would be in."""
+    path = Path(path).absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 def check_folder(folder: str | Path) -> None:
     """Raises `NotADirectoryError` if `folder`, or what it would be made in, is a file."""
-    folder = Path(folder)
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = nearest_existing(folder)
     if not existing.is_dir():
         raise NotADirectoryError(f"{folder} cannot be a folder, because {existing} is a file: choose another.")
 
