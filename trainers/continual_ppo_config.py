@@ -191,6 +191,7 @@ class ContinualPpoConfig:
         default=0.0, metadata={"help": "Weight of elastic weight consolidation outside of the experts; 0 for none."}
     )
     detector_memory: int = field(default=64, metadata={"help": "Frames of each game that the detector goes over."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "Whether to show no progress bar."})
     logging_steps: int = field(default=1, metadata={"help": "Updates between logs."})
     save_steps: int = field(default=100, metadata={"help": "Updates between checkpoints; each game's end has one."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints that are kept."})

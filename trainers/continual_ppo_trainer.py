@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .agent_evaluation import PlayedEpisodes, play_at_random, play_episodes
 from .agent_experts import AgentExperts, PrefetchTrial
@@ -66,6 +67,7 @@ class ContinualPpoTrainer:
         self.environments: GameEnvironments | None = None
         self.recent_returns: deque[float] = deque(maxlen=100)
         self.log = ContinualLog(config)
+        self._bar = tqdm(disable=True)
         self._signals = SignalListener()
         self._trial: PrefetchTrial | None = None
         self._last_segments: Segments | None = None
@@ -88,24 +90,40 @@ class ContinualPpoTrainer:
             self.log.resume(self.progress.updates, self._lacks_evaluation())
             if self.player is not None and self.progress.phase_updates == 0:
                 self._foretell()
-        elif self.games.eval_episodes:
-            self.progress.random_returns = [self._random_return(game) for game in self.games.games]
-        self._signals.listen()
-        try:
-            if self._lacks_evaluation():
-                self._evaluate()
-            while self.progress.phase < len(self.phases):
-                if self.player is None:
-                    self._begin_phase()
-                while self.progress.phase_updates < self.updates_per_phase:
-                    if self._stops_here():
-                        return self.progress
-                    self._update_once()
-                self._end_phase()
-        finally:
-            self._signals.restore()
-            self.log.close()
+        with self._progress_bar() as self._bar:
+            if not checkpoint and self.games.eval_episodes:
+                self._bar.set_description("playing at random")
+                self.progress.random_returns = [self._random_return(game) for game in self.games.games]
+            self._signals.listen()
+            try:
+                self._learn_phases()
+            finally:
+                self._signals.restore()
+                self.log.close()
         return self.progress
+
+    def _learn_phases(self) -> None:
+        if self._lacks_evaluation():
+            self._evaluate()
+        while self.progress.phase < len(self.phases):
+            if self.player is None:
+                self._begin_phase()
+            while self.progress.phase_updates < self.updates_per_phase:
+                if self._stops_here():
+                    return
+                self._update_once()
+            self._end_phase()
+
+    def _progress_bar(self) -> tqdm:
+        """Over the updates of all phases, in the first process."""
+        config = self.config
+        total = len(self.phases) * self.updates_per_phase
+        return tqdm(
+            total=min(total, config.max_updates) if config.max_updates is not None else total,
+            initial=self.progress.updates,
+            unit="update",
+            disable=config.disable_tqdm or config.process_index != 0,
+        )
 
     # --- phases ---------------------------------------------------------------------------------------------------
 
@@ -219,6 +237,10 @@ class ContinualPpoTrainer:
             "time/updating": ended - acted,
         }
         progress.note_update(figures)
+        self._bar.set_description("+".join(self.phases[progress.phase]), refresh=False)
+        returns = f"return {figures['charts/episodic_return']:.2f}" if self.recent_returns else ""
+        self._bar.set_postfix_str(returns, refresh=False)
+        self._bar.update()
         if progress.updates % config.logging_steps == 0:
             games = "+".join(self.phases[progress.phase])
             self.log.write(figures | {"update": progress.updates, "step": progress.steps, "game": games})
@@ -302,6 +324,7 @@ class ContinualPpoTrainer:
     def _evaluate(self) -> None:
         """Plays every game: a row of the retention matrix, and what the experts tell about the game."""
         arguments = self.games
+        self._bar.set_description("playing all games")
         with self.experts.set_aside():
             played = [
                 play_episodes(

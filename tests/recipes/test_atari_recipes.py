@@ -26,7 +26,7 @@ def run(run_here, tmp_path, capsys):
 
     def run(recipe, *options):
         assert run_here(recipe, *options, folder=tmp_path) is None
-        return capsys.readouterr().out
+        return "".join(capsys.readouterr())
 
     return run
 
@@ -34,7 +34,10 @@ def run(run_here, tmp_path, capsys):
 def test_from_training_to_report(run, tmp_path):
     told = run("train_atari.py", *SMALL, "--max_updates", "1")
     assert "Stopped after 1 updates; go on with --resume_from_checkpoint last" in told
-    run("train_atari.py", *SMALL, "--resume_from_checkpoint", "last", "--store_trace", "trace.jsonl")
+    assert " 1/1 [" in told
+    resumed = run("train_atari.py", *SMALL, "--resume_from_checkpoint", "last", "--store_trace", "trace.jsonl")
+    bar = "".join(part for part in resumed.split("\r") if "update" in part)
+    assert " 0/4 [" not in bar and " 1/4 [" in bar and " 4/4 [" in bar and "builtin:signal" in bar
     results = json.loads((tmp_path / "out/continual_results.json").read_text())
     assert results["finished"] and len(results["evaluations"]) == 3 and len(results["switches"]) == 2
     assert {"stall_ms", "lead_ms", "detector_recall", "recency_recall"} <= results["switches"][1].keys()
