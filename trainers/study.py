@@ -5,11 +5,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
 from rich.table import Table
+from tqdm.auto import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from .wide_console import wide_console
 
@@ -50,8 +51,9 @@ def train_runs(
         SystemExit: If one has failed.
     """
     missing = {run: options for run, options in runs.items() if not finished(run)}
-    if len(missing) < len(runs):
-        print(f"{len(runs) - len(missing)} of {len(runs)} runs have finished before", flush=True)
+    before = len(runs) - len(missing)
+    if before:
+        print(f"{before} of {len(runs)} runs have finished before", flush=True)
 
     def train(run: Path) -> None:
         begun = any(run.glob("checkpoint-*"))
@@ -59,15 +61,13 @@ def train_runs(
         command += ["--resume_from_checkpoint", "last"] if begun else ["--overwrite_output_dir"]
         log = run.parent / f"{run.name}.log"
         run.parent.mkdir(parents=True, exist_ok=True)
-        print(f"training {run.name}", flush=True)
+        tqdm.write(f"training {run.name}")
         with open(log, "a", encoding="utf-8") as file:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             if subprocess.run(command, stdout=file, stderr=file, env=environment).returncode:
                 raise SystemExit(f"{' '.join(command)} failed; see {log}")
 
-    with ThreadPoolExecutor(jobs) as pool:
-        for _ in pool.map(train, missing):
-            pass
+    thread_map(train, missing, max_workers=jobs, total=len(runs), initial=before, desc="runs", unit="run")
 
 
 def summary(values: Sequence[float]) -> str:

@@ -43,7 +43,9 @@ def test_runs_are_trained_once_each_on_one_core(tmp_path, recipe, capfd):
         [(arguments, threads)] = calls(run)
         assert arguments[:4] == ["--config", "study.yaml", "--output_dir", str(run)] and arguments[4:6] == options
         assert arguments[6:] == ["--overwrite_output_dir"] and threads == "1"
-    assert "2 of 3 runs have finished before" in capfd.readouterr().out
+    printed, bar = capfd.readouterr()
+    assert "2 of 3 runs have finished before" in printed
+    assert "runs:  67%" in bar and " 3/3 [" in bar
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path, recipe):
