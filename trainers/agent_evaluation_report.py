@@ -59,10 +59,10 @@ def evaluate_agent(
     for game in games:
         episodes = play_episodes(
             agent, game, arguments.num_episodes, arguments.first_seed, arguments.max_steps, arguments.tell_game,
-            arguments.deterministic, preprocessing=arguments.preprocessing, store=store,
+            arguments.deterministic, preprocessing=arguments.preprocessing, store=store, progress=True,
         )  # fmt: skip
         chance = play_at_random(
-            game, arguments.num_episodes, arguments.first_seed, arguments.max_steps, arguments.preprocessing
+            game, arguments.num_episodes, arguments.first_seed, arguments.max_steps, arguments.preprocessing, True
         )
         played.append(episodes)
         record = episodes.record() | {"random_return": float(chance.returns.mean())}

@@ -336,6 +336,7 @@ class ContinualPpoTrainer:
                     arguments.tell_game,
                     num_threads=arguments.env_threads,
                     preprocessing=arguments.preprocessing,
+                    progress=not self._bar.disable,
                 )
                 for game in arguments.games
             ]
@@ -349,7 +350,10 @@ class ContinualPpoTrainer:
     def _random_return(self, game: str) -> float:
         given = self.games
         count = max(16, given.eval_episodes)
-        episodes = play_at_random(game, count, given.eval_first_seed, given.eval_max_steps, given.preprocessing)
+        progress = not self._bar.disable
+        episodes = play_at_random(
+            game, count, given.eval_first_seed, given.eval_max_steps, given.preprocessing, progress
+        )
         return float(episodes.returns.mean())
 
 
