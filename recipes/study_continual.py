@@ -182,7 +182,7 @@ def expected_results(measures: dict[str, dict[str, list[float]]]) -> dict[str, d
     for heads, addition in (("", ""), (", heads by game", ", all with heads by game")):
         own = measures.get(f"experts{heads}")
         dense = {arm: measures[arm]["forgetting"] for size in DENSE if (arm := size + heads) in measures}
-        if own and dense:
+        if own and dense and own["forgetting"] and all(dense.values()):
             less = all(max(own["forgetting"]) < min(values) for values in dense.values())
             others = ", ".join(f"{summary(values)} {arm}" for arm, values in dense.items())
             measured = f"{summary(own['forgetting'])} against {others}"

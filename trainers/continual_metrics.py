@@ -29,13 +29,13 @@ def average_forgetting(scores: np.ndarray, trained: Sequence[int]) -> float:
     Mean over the games of the score at the end of their own (last) training less the score at the very end.
 
     As in Continual World (Wolczyk et al. 2021, arXiv:2105.10919), but for the game that was learned last: it cannot
-    have been forgotten, and is left out of the mean, where they count it as 0.
+    have been forgotten, and is left out of the mean, where they count it as 0. nan if no other game has a score.
     """
     last = {game: phase for phase, game in enumerate(trained)}
     lost = [scores[phase + 1, game] - scores[-1, game] for game, phase in last.items() if game != trained[-1]]
     # Games that have no scale have no score.
     known = [loss for loss in lost if not np.isnan(loss)]
-    return float(np.mean(known)) if known else 0.0
+    return float(np.mean(known)) if known else float("nan")
 
 
 def backward_transfer(scores: np.ndarray, trained: Sequence[int]) -> float:

@@ -109,8 +109,8 @@ def retention_metrics(results: dict, reference: dict[str, float] | None = None) 
     }
     if sequence:
         metrics |= {
-            "average_forgetting": average_forgetting(scores, sequence),
-            "backward_transfer": backward_transfer(scores, sequence),
+            "average_forgetting": _known(average_forgetting(scores, sequence)),
+            "backward_transfer": _known(backward_transfer(scores, sequence)),
             "isolated_forgetting": _listed(isolated_forgetting(returns, sequence)),
             "zero_shot_transfer": _listed(zero_shot_transfer(returns, sequence)),
             "areas": learning_areas(results, scale),
@@ -137,7 +137,11 @@ def learning_areas(results: dict, scale: np.ndarray) -> dict[str, float]:
 
 def _listed(matrix: np.ndarray) -> list:
     """A matrix for JSON, which has no nan."""
-    return [[None if np.isnan(value) else float(value) for value in row] for row in matrix]
+    return [[_known(value) for value in row] for row in matrix]
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def write_results(results: dict, path: Path) -> None:

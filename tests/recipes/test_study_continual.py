@@ -47,6 +47,12 @@ def test_verdicts_follow_the_figures():
     assert STUDY["expected_results"]({}) == {}
 
 
+def test_nothing_is_claimed_of_forgetting_where_no_game_has_a_score():
+    unknown = rows()
+    unknown["experts"]["forgetting"] = []
+    assert len(STUDY["expected_results"](unknown)) == 3
+
+
 def test_agents_with_heads_by_game_are_judged_among_themselves():
     measures = rows() | {
         "experts, heads by game": {"forgetting": [0.1, 0.2]},

@@ -96,4 +96,5 @@ def test_games_without_a_scale_are_left_out():
     scores = SCORES.copy()
     scores[:, 1] = np.nan
     assert average_forgetting(scores, [0, 1, 2]) == pytest.approx(0.5)
-    assert average_forgetting(scores * np.nan, [0, 1, 2]) == 0
+    assert np.isnan(average_forgetting(scores * np.nan, [0, 1, 2]))
+    assert np.isnan(average_forgetting(scores[:, :1], [0]))
