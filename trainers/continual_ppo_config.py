@@ -272,3 +272,8 @@ class ContinualPpoConfig:
                 f"{num_envs} environments of {self.num_steps} steps are {segments} segments of {self.segment_len}, "
                 f"which {self.num_minibatches} minibatches cannot share evenly."
             )
+        if self.norm_adv and num_envs * self.num_steps == self.num_minibatches:
+            raise ValueError(
+                f"{self.num_minibatches} minibatches of one step each: their advantages have no deviation to be "
+                "normalised by; choose fewer --num_minibatches, or --norm_adv false."
+            )

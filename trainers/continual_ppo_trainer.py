@@ -286,13 +286,14 @@ class ContinualPpoTrainer:
         loss = loss + self.agent.config.router_aux_loss_coef * balancing
         figures["losses/balancing"] = balancing.detach()
         current = {self.number[game] for game in self.phases[self.progress.phase]}
-        if config.replay_coef > 0 and (replayed := self.replay.loss(self.agent, len(batch), current)) is not None:
-            loss = loss + config.replay_coef * replayed
-            figures["losses/replay"] = replayed.detach()
         if config.ewc_coef > 0 and (penalty := self.elastic.penalty()) is not None:
             loss = loss + config.ewc_coef * penalty
             figures["losses/ewc"] = penalty.detach()
         loss.backward()
+        # After the other's backward pass, which has to let go of its experts: a store may not have room for both's.
+        if config.replay_coef > 0 and (replayed := self.replay.loss(self.agent, len(batch), current)) is not None:
+            (config.replay_coef * replayed).backward()
+            figures["losses/replay"] = replayed.detach()
         if config.learns_locally:
             advantages = normalised(batch.advantages)
             replace_gradients(self.experts, config.expert_learning_rule, seen, batch, advantages, self.generator)

@@ -161,6 +161,23 @@ def test_a_store_learns_what_memory_learns(rule, tmp_path):
     trainers[1].experts.close()
 
 
+def test_replay_in_a_store_takes_the_room_of_one_batch(tmp_path):
+    """A token needs two experts, of which the fast tier has two: what is replayed has to wait for them."""
+    agent = {"step_tokens": "merged", "hbm_capacity": 2, "dram_capacity": 2}
+    run = {"replay_coef": 1.0, "num_steps": 4, "segment_len": 1, "num_minibatches": 16, "norm_adv": False}
+    play = {"steps_per_game": 32, "eval_episodes": 0}
+    store = build_trainer(tmp_path / "store", {**agent, "nvme_path": str(tmp_path / "nvme")}, play, **run)
+    store.agent.save_pretrained(tmp_path / "agent")
+    memory = build_trainer(tmp_path / "memory", {**agent, "model_name_or_path": str(tmp_path / "agent")}, play, **run)
+    for trainer in (store, memory):
+        trainer.train()
+        lines = [json.loads(line) for line in trainer.log.path.open()]
+        assert any("losses/replay" in line for line in lines)
+    for name, part in store.agent.named_parameters():
+        torch.testing.assert_close(part, memory.agent.get_parameter(name), rtol=1e-3, atol=2e-4)
+    store.experts.close()
+
+
 @pytest.mark.parametrize(
     ("place", "stop", "options"),
     [
@@ -338,6 +355,7 @@ def test_episodes_are_counted_once_and_to_their_end():
     [
         ({"run": {"num_steps": 10}}, "num_steps .10. is not a multiple of segment_len .4."),
         ({"run": {"num_minibatches": 3}}, "8 segments of 4, which 3 minibatches cannot share evenly"),
+        ({"run": {"num_minibatches": 32, "segment_len": 1}}, "32 minibatches of one step each"),
         ({"run": {"optimizer": "dense", "freeze_experts": True}}, "--freeze_experts needs --optimizer lazy"),
         ({"run": {"optimizer": "dense", "expert_learning_rule": "hebbian"}}, "leave out --optimizer dense"),
         ({"run": {"replay_coef": 1.0, "expert_learning_rule": "hebbian"}}, "does without: leave out one of them"),
