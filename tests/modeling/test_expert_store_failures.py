@@ -29,6 +29,14 @@ def store(request, tmp_path):
         yield store
 
 
+@pytest.fixture(autouse=True)
+def heeded_interruptions():
+    """A shell lets what it runs in the background ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def filled_with(value):
     return {"weight": torch.full((32, 32), float(value))}
 
