@@ -226,8 +226,9 @@ def draw_retention(found: dict[str, list[dict]], reference: dict[str, float], pa
         image = axis.imshow(scores, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         for row, column in np.ndindex(scores.shape):
             value = scores[row, column]
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black")
-        axis.set_xticks(range(len(games)), games)
+            shown = "-" if np.isnan(value) else f"{value:.2f}"
+            axis.text(column, row, shown, ha="center", va="center", color="white" if value > 0.6 else "black")
+        axis.set_xticks(range(len(games)), games, rotation=30, ha="right")
         axis.set_yticks(range(len(phases) + 1), ["before", *(phase if len(phase) < 16 else "all" for phase in phases)])
         axis.set_title(arm, fontsize=10)
     figure.suptitle("Score on each game (columns) after each phase (rows), mean over seeds", fontsize=11)
