@@ -290,7 +290,7 @@ class ContinualPpoTrainer:
             loss = loss + config.ewc_coef * penalty
             figures["losses/ewc"] = penalty.detach()
         loss.backward()
-        # After the other's backward pass, which has to let go of its experts: a store may not have room for both's.
+        # After the backward pass above, which lets go of its experts: a store may lack room for those of both.
         if config.replay_coef > 0 and (replayed := self.replay.loss(self.agent, len(batch), current)) is not None:
             (config.replay_coef * replayed).backward()
             figures["losses/replay"] = replayed.detach()
