@@ -237,12 +237,12 @@ class ContinualPpoTrainer:
             "time/updating": ended - acted,
         }
         progress.note_update(figures)
-        self._bar.set_description("+".join(self.phases[progress.phase]), refresh=False)
+        games = "+".join(self.phases[progress.phase])
         returns = f"return {figures['charts/episodic_return']:.2f}" if self.recent_returns else ""
+        self._bar.set_description(games, refresh=False)
         self._bar.set_postfix_str(returns, refresh=False)
         self._bar.update()
         if progress.updates % config.logging_steps == 0:
-            games = "+".join(self.phases[progress.phase])
             self.log.write(figures | {"update": progress.updates, "step": progress.steps, "game": games})
         if progress.updates % config.save_steps == 0 and progress.phase_updates < self.updates_per_phase:
             save_checkpoint(self)
